@@ -1,0 +1,48 @@
+"""Errors a user can act on: each says what is wrong, where, what was got and what would be right.
+
+All are `ValueError`s. The command line prints the message without a traceback and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class StepwiseError(ValueError):
+    """Base of the errors raised for bad input; `exit_code` is what the command line returns."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, *, where: object = None, got: object = None, wanted: object = None) -> None:
+        parts = [what.rstrip(".") + "."]
+        if where is not None:
+            parts.append(f"Where: {where}.")
+        if got is not None:
+            parts.append(f"Got: {got}.")
+        if wanted is not None:
+            parts.append(f"Wanted: {wanted}.")
+        super().__init__(" ".join(parts))
+
+
+class ConfigError(StepwiseError):
+    """A recipe, an override or a command-line value is wrong."""
+
+
+class DataError(StepwiseError):
+    """A dataset, a file or a row is wrong."""
+
+
+class ModelError(StepwiseError):
+    """A model, tokenizer or adapter is wrong or does not fit the recipe."""
+
+
+class ScoreError(StepwiseError):
+    """A cost or reward model could not be found, failed, or returned something unusable."""
+
+
+class CheckpointError(StepwiseError):
+    """A checkpoint or run folder is damaged, foreign or in use."""
+
+
+class NonFiniteError(StepwiseError):
+    """A logit, loss, gradient, reward or cost is NaN or infinite; nothing was updated with it."""
+
+    exit_code = 4
