@@ -1,0 +1,234 @@
+"""What a target can be, and what a scorer may return."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from importlib.metadata import EntryPoint
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepwise import scoring
+from stepwise.errors import ScoreError
+from stepwise.scoring import register, resolve, score
+
+
+def lengths(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
+    return [float(len(completion)) for completion in completions]
+
+
+def returning(values: Any) -> Any:
+    return lambda prompts, completions, **columns: values
+
+
+@pytest.fixture
+def clean_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "_registered", {})
+
+
+def entry_points(monkeypatch: pytest.MonkeyPatch, *points: EntryPoint) -> None:
+    monkeypatch.setattr(scoring, "entry_points", lambda group: [point for point in points if point.group == group])
+
+
+# resolve
+
+
+def test_a_module_target_is_the_function_itself() -> None:
+    assert resolve("test_scoring:lengths") is resolve("test_scoring:lengths")
+    assert resolve("test_scoring:lengths")(prompts=["a"], completions=["abc"]) == [3.0]
+
+
+def test_built_in_names_resolve_and_score() -> None:
+    assert score(resolve("vader_cost"), ["q"], ["I hate this terrible, awful day"], name="c")[0] > 0.5  # type: ignore[operator]
+    assert score(resolve("vader_reward"), ["q"], ["What a lovely, wonderful gift"], name="r")[0] > 0.5  # type: ignore[operator]
+
+
+def test_a_file_target_is_loaded_once_with_a_module_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "@dataclass\nclass Offset:\n    by: float\n"
+        "    def __call__(self, prompts, completions, **columns):\n"
+        "        return [self.by + len(c) for c in completions]\n"
+        "scorer = Offset(0.5)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    scorer = resolve("./mine.py:scorer")
+    assert scorer is resolve(f"{tmp_path}/mine.py:scorer")
+    assert score(scorer, ["p"], ["abc"], name="mine") == [3.5]
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("hf:org/model", "package.module:name"),
+        ("http://localhost:8000/v1", "package.module:name"),
+        ("a b:name", "package.module:name"),
+        (":name", "package.module:name"),
+        ("math:", "package.module:name"),
+        ("no_such_package_x.y:name", "no module is called 'no_such_package_x'"),
+        ("math.no_such:name", "no module is called 'math.no_such'"),
+        ("test_scoring:lengthz", "did you mean 'lengths'"),
+        ("math:pi", "cannot be called"),
+        ("collections:Counter", "is a class"),
+        ("./no_such_file.py:name", "file does not exist"),
+        ("vader_costs", "did you mean 'vader_cost'"),
+    ],
+)
+def test_a_target_that_cannot_work_is_named_with_the_way_out(target: str, words: str) -> None:
+    with pytest.raises(ScoreError) as caught:
+        resolve(target)
+    assert words in str(caught.value)
+
+
+def test_a_target_that_fails_while_importing_keeps_its_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needs_missing_x.py").write_text("import missing_dependency_x\n")
+    (tmp_path / "broken_x.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ScoreError, match="missing_dependency_x") as caught:
+        resolve("needs_missing_x:f")
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+    assert "failed" in str(caught.value)
+    for _ in range(2):  # a failed load must not leave half a module behind
+        with pytest.raises(ScoreError, match="SyntaxError"):
+            resolve(f"{tmp_path}/broken_x.py:f")
+
+
+@pytest.mark.usefixtures("clean_names")
+def test_a_registered_name_resolves_and_cannot_be_taken_twice() -> None:
+    register("letters")(lengths)
+    assert resolve("letters") is lengths
+    for taken in ("letters", "vader_cost"):
+        with pytest.raises(ScoreError, match="two scorers are called"):
+            register(taken)(lengths)
+    with pytest.raises(ScoreError, match="colon"):
+        register("a:b")
+
+
+@pytest.mark.usefixtures("clean_names")
+def test_entry_points_of_both_groups_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry_points(
+        monkeypatch,
+        EntryPoint("harm", "test_scoring:lengths", "stepwise.costs"),
+        EntryPoint("joy", "test_scoring:lengths", "stepwise.rewards"),
+        EntryPoint("gone", "test_scoring:gone", "stepwise.rewards"),
+    )
+    assert resolve("harm")(prompts=["p"], completions=["ab"]) == [2.0]
+    assert resolve("joy")(prompts=["p"], completions=["ab"]) == [2.0]
+    with pytest.raises(ScoreError, match="entry point 'gone'"):
+        resolve("gone")
+
+
+@pytest.mark.usefixtures("clean_names")
+def test_a_name_given_by_two_sources_is_refused_with_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry_points(
+        monkeypatch,
+        EntryPoint("harm", "one:f", "stepwise.costs"),
+        EntryPoint("harm", "two:f", "stepwise.rewards"),
+        EntryPoint("vader_cost", "three:f", "stepwise.costs"),
+    )
+    with pytest.raises(ScoreError, match=r"one:f .*two:f"):
+        resolve("harm")
+    with pytest.raises(ScoreError, match="three:f"):
+        resolve("vader_cost")
+
+
+# score
+
+
+def test_a_reward_function_that_takes_completions_only_moves_over_unchanged() -> None:
+    def accuracy(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
+        return [1.0 if completion == right else 0.0 for completion, right in zip(completions, answer, strict=True)]
+
+    assert score(accuracy, ["1+1", "2+2"], ["2", "5"], name="accuracy", answer=["2", "4"]) == [1.0, 0.0]  # type: ignore[arg-type]
+
+
+def test_async_scorers_run_with_and_without_a_running_loop() -> None:
+    async def slow(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float]:
+        await asyncio.sleep(0)
+        return [float(len(completion)) for completion in completions]
+
+    async def notebook() -> list[float | None]:
+        return score(slow, ["p"], ["abcd"], name="slow")  # type: ignore[arg-type]
+
+    assert score(slow, ["p"], ["abc"], name="slow") == [3.0]  # type: ignore[arg-type]
+    assert asyncio.run(notebook()) == [4.0]
+
+
+@given(st.lists(st.text(), max_size=12), st.integers(1, 5))
+def test_batches_see_every_row_once_with_its_own_columns(completions: list[str], batch_size: int) -> None:
+    sizes = []
+
+    def indexed(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
+        sizes.append(len(prompts))
+        assert [int(prompt) for prompt in prompts] == columns["row"]
+        return [float(row) for row in columns["row"]]
+
+    rows = list(range(len(completions)))
+    values = score(indexed, [str(row) for row in rows], completions, name="i", batch_size=batch_size, row=rows)
+    assert values == rows
+    assert sum(sizes) == len(rows)
+    assert all(0 < size <= batch_size for size in sizes)
+
+
+@pytest.mark.parametrize(
+    "returned", [[1, 2.5, None], (1, 2.5, None), [np.float32(1), np.float64(2.5), None], [np.int64(1), 2.5, None]]
+)
+def test_numbers_of_the_usual_kinds_become_floats(returned: Any) -> None:
+    values = score(returning(returned), ["p"] * 3, ["c"] * 3, name="n")
+    assert values == [1.0, 2.5, None]
+    assert [type(value) for value in values] == [float, float, type(None)]
+
+
+def test_arrays_and_tensors_are_taken() -> None:
+    for returned in (np.array([1.0, 2.0]), torch.tensor([1.0, 2.0])):
+        assert score(returning(returned), ["p"] * 2, ["c"] * 2, name="n") == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, True, "0.5", np.bool_(True), [0.5], 1 + 2j])
+def test_a_value_that_is_no_score_is_refused_with_scorer_row_prompt_and_completion(bad: Any) -> None:
+    with pytest.raises(ScoreError) as caught:
+        score(returning([0.0, bad]), ["first", "second" * 50], ["one", "two"], name="judge", batch_size=2)
+    message = str(caught.value)
+    assert "'judge'" in message
+    assert "row 1" in message
+    assert "'secondsecond" in message
+    assert "'two'" in message
+    assert len(message) < 400
+
+
+def test_the_row_of_a_later_batch_is_counted_from_the_start() -> None:
+    def fails_on_five(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
+        return [math.nan if prompt == "5" else 0.0 for prompt in prompts]
+
+    with pytest.raises(ScoreError, match="row 5"):
+        score(fails_on_five, [str(row) for row in range(8)], ["c"] * 8, name="j", batch_size=3)
+
+
+@pytest.mark.parametrize("returned", [[], [0.1], [0.1, 0.2, 0.3], 0.5, None, "ab", {"a": 1, "b": 2}, np.array(0.5)])
+def test_anything_but_one_value_per_row_is_refused(returned: Any) -> None:
+    with pytest.raises(ScoreError, match="one value per row"):
+        score(returning(returned), ["p"] * 2, ["c"] * 2, name="j")
+
+
+def test_an_exception_of_the_scorer_is_wrapped_with_its_name_and_cause() -> None:
+    def breaks(prompts: list[str], completions: list[str], **columns: list[Any]) -> list[float | None]:
+        raise KeyError("missing")
+
+    with pytest.raises(ScoreError, match=r"KeyError.*'broken', rows 0 to 1") as caught:
+        score(breaks, ["p"] * 2, ["c"] * 2, name="broken")
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+def test_columns_and_batch_size_are_checked_before_the_call() -> None:
+    with pytest.raises(ScoreError, match="'completions'"):
+        score(lengths, ["p"] * 2, ["c"], name="j")
+    with pytest.raises(ScoreError, match="'answer'"):
+        score(lengths, ["p"] * 2, ["c"] * 2, name="j", answer=["a"])
+    with pytest.raises(ScoreError, match="batch size"):
+        score(lengths, ["p"], ["c"], name="j", batch_size=0)
