@@ -1,0 +1,348 @@
+"""The recipe: what a run is. A strict schema, and `load`, which reads a YAML file or a shipped recipe by its name.
+
+Every number is finite; a whole number may stand for a fraction, a bool or a string never for a number; an unknown key
+is an error. Larger is worse for loss, risk and cost. Paths are relative to the working directory. Reading a recipe
+imports neither torch nor any target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from stepwise import recipe_file, recipe_schema
+from stepwise.errors import ConfigError
+from stepwise.recipe_file import shipped
+from stepwise.recipe_parts import (
+    PREFERENCE_FORMATS,
+    SFT_FORMATS,
+    Conflict,
+    CVaRRisk,
+    Data,
+    EntropicRisk,
+    EVaRRisk,
+    Lora,
+    MeanRisk,
+    MixtureRisk,
+    Model,
+    Names,
+    OnPolicy,
+    Part,
+    Risk,
+    Sandbox,
+    Seed,
+    StageLora,
+    StageTraining,
+    Target,
+    Text,
+    Training,
+    WorstCaseRisk,
+    refuse,
+    unique,
+)
+
+__all__ = [
+    "CVaRRisk",
+    "Data",
+    "EVaRRisk",
+    "EntropicRisk",
+    "Evaluate",
+    "Lora",
+    "MeanRisk",
+    "MixtureRisk",
+    "Model",
+    "OnPolicy",
+    "Recipe",
+    "RsaStage",
+    "Sandbox",
+    "SftStage",
+    "StageLora",
+    "StageTraining",
+    "Training",
+    "WorstCaseRisk",
+    "difference",
+    "dump_yaml",
+    "json_schema",
+    "load",
+    "parse",
+    "shipped",
+]
+
+StageLoraKey = Annotated[StageLora | None, Field(description="keys of lora that differ in this stage")]
+StageTrainingKey = Annotated[StageTraining | None, Field(description="keys of training that differ in this stage")]
+
+
+class SftStage(Part):
+    """Supervised fine-tuning: -log pi of the response (of the chosen one, where rows hold pairs)."""
+
+    method: Literal["sft"] = Field(description="supervised fine-tuning on responses (the chosen one of a pair)")
+    data: Data = Field(description="rows of format " + recipe_schema.listed(SFT_FORMATS))
+    lora: StageLoraKey = None
+    training: StageTrainingKey = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.data.format not in SFT_FORMATS:
+            wanted = recipe_schema.listed(SFT_FORMATS)
+            refuse([Conflict(("data", "format"), "sft cannot learn from these rows", self.data.format, wanted)])
+        return self
+
+
+def _default_alpha(fields: Mapping[str, object]) -> float | None:
+    return 0.5 if fields.get("loss") == "rsa" else None
+
+
+class RsaStage(Part):
+    """Preference stage against the frozen stages below it.
+
+    rsa: b [(m_w - m_l) - alpha (D_l - sg D_w)];  rsa1: b [(m_w - m_l) - (D_l - D_w)];  ipo: b = tau, no D.
+    b is `beta`, or beta_1 / lambda with beta_1 the temperature of the nearest earlier rsa stage.
+    """
+
+    method: Literal["rsa"] = Field(description="preference stage; DPO, TDPO, SACPO, Ra-DPO and RSA are settings of it")
+    data: Data = Field(
+        description="rows of format " + recipe_schema.listed(PREFERENCE_FORMATS) + ", prompts with on_policy"
+    )
+    loss: Literal["rsa", "rsa1", "ipo"] = Field(
+        default="rsa", description="rsa is variant 2; rsa1, variant 1, takes no alpha; ipo takes no risk"
+    )
+    beta: Annotated[float, Field(ge=1e-6, le=1e3)] | None = Field(
+        default=None, description="temperature of the stage (tau of ipo); either beta or lambda"
+    )
+    lambda_: Annotated[float, Field(ge=1e-6, le=1e6)] | None = Field(
+        default=None, alias="lambda", description="multiplier: beta = beta of the nearest earlier rsa stage / lambda"
+    )
+    alpha: Annotated[float, Field(ge=0)] | None = Field(
+        default_factory=_default_alpha, description="weight of the risk term; 0.5 unless given; with loss rsa only"
+    )
+    risk: Risk | None = Field(
+        default=None, description="risk over the vocabulary; needed with rsa and rsa1, refused with ipo"
+    )
+    on_policy: OnPolicy | None = Field(
+        default=None, description="make pairs of the policy's own replies; data are then prompts"
+    )
+    lora: StageLoraKey = None
+    training: StageTrainingKey = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse([*self._loss_conflicts(), *self._data_conflicts()])
+        return self
+
+    def _loss_conflicts(self) -> Iterator[Conflict]:
+        if self.beta is None and self.lambda_ is None:
+            yield Conflict(("beta",), "the stage has no temperature", "neither", "beta or lambda, a number above 0")
+        if self.beta is not None and self.lambda_ is not None:
+            got = f"beta {self.beta:g} and lambda {self.lambda_:g}"
+            yield Conflict(("lambda",), "the temperature is given twice", got, "one of them, and null for the other")
+        if self.loss == "rsa" and self.alpha is None:
+            yield Conflict(("alpha",), "loss rsa needs a weight", "null", "a number, or no such key for 0.5")
+        if self.loss != "rsa" and self.alpha is not None:
+            yield Conflict(("alpha",), f"loss {self.loss} takes no alpha", f"{self.alpha:g}", "no alpha, or loss: rsa")
+        if self.loss != "ipo" and self.risk is None:
+            wanted = "a measure such as {measure: cvar, alpha: 0.97} or {measure: mean}"
+            yield Conflict(("risk",), f"loss {self.loss} needs a risk measure", "none", wanted)
+        if self.loss == "ipo" and self.risk is not None:
+            yield Conflict(("risk",), "loss ipo takes no risk measure", self.risk.measure, "no risk, or loss: rsa")
+
+    def _data_conflicts(self) -> Iterator[Conflict]:
+        if self.on_policy is None and self.data.format not in PREFERENCE_FORMATS:
+            wanted = recipe_schema.listed(PREFERENCE_FORMATS) + "; or prompts and on_policy"
+            yield Conflict(("data", "format"), "the stage learns from pairs", self.data.format, wanted)
+        if self.on_policy is not None and self.data.format != "prompts":
+            wanted = "prompts, or no on_policy"
+            yield Conflict(("data", "format"), "on_policy makes the pairs itself", self.data.format, wanted)
+
+
+Stage = Annotated[SftStage | RsaStage, Field(discriminator="method")]
+StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=64)]
+ScorerName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=64)]
+
+
+class Evaluate(Part):
+    """What is measured on held-out prompts, for every policy."""
+
+    data: Data = Field(description="held-out prompts, format prompts")
+    rewards: dict[ScorerName, Target] = Field(default={}, description="name: target; larger is better")
+    costs: dict[ScorerName, Target] = Field(default={}, description="name: target; larger is worse")
+    violation: float = Field(default=0.0, description="a response whose cost is above this is a violation")
+    tail: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.1, description="share of worst responses that CVaR averages"
+    )
+    max_new_tokens: Annotated[int, Field(ge=1, le=10**6)] = Field(default=64, description="tokens of a response")
+    temperature: Annotated[float, Field(ge=0, le=100)] = Field(
+        default=1.0, description="sampling temperature; 0 is greedy"
+    )
+    samples: Annotated[int, Field(ge=1, le=10**4)] = Field(default=1, description="responses per prompt")
+    batch_size: Annotated[int, Field(ge=1, le=10**5)] = Field(
+        default=64, description="responses generated and scored at once"
+    )
+    strata: Text | None = Field(default=None, description="column whose values are reported apart")
+    bootstrap: Annotated[int, Field(ge=1, le=10**6)] = Field(default=1000, description="resamples behind an interval")
+    confidence: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.95, description="coverage of an interval")
+    policies: Names | None = Field(default=None, description="stage names and base; null is base and every stage")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        found = []
+        if self.data.format != "prompts":
+            found.append(Conflict(("data", "format"), "evaluation samples from prompts", self.data.format, "prompts"))
+        if not self.rewards and not self.costs:
+            found.append(Conflict(("costs",), "there is nothing to measure", "no rewards, no costs", "at least one"))
+        if both := sorted(self.rewards.keys() & self.costs.keys()):
+            wanted = "a name for each, used once"
+            found.append(Conflict(("costs",), "a name is both reward and cost", recipe_schema.listed(both), wanted))
+        if self.temperature == 0 and self.samples > 1:
+            wanted = "samples: 1, or a temperature above 0"
+            found.append(Conflict(("samples",), "greedy responses are all the same", f"{self.samples}", wanted))
+        refuse(found)
+        return self
+
+
+def _default_sandbox(fields: Mapping[str, Any]) -> Sandbox | None:
+    return Sandbox() if _uses_sandbox(fields["model"], fields["stages"], fields["evaluate"]) else None
+
+
+def _uses_sandbox(model: Model, stages: Mapping[str, SftStage | RsaStage], evaluate: Evaluate | None) -> bool:
+    data = [stage.data for stage in stages.values()] + ([evaluate.data] if evaluate else [])
+    return model.base == "sandbox" or any(part.is_sandbox for part in data)
+
+
+def _check_stages(stages: dict[str, SftStage | RsaStage]) -> dict[str, SftStage | RsaStage]:
+    found = []
+    earlier: str | None = None
+    for name, stage in stages.items():
+        if name == "base":
+            found.append(Conflict((name,), "base is the name of the model without adapters", name, "another name"))
+        if not isinstance(stage, RsaStage):
+            continue
+        if stage.lambda_ is not None and earlier is None:
+            wanted = "beta here, or an rsa stage with a beta before this one"
+            found.append(
+                Conflict((name, "lambda"), "lambda divides the beta of an earlier rsa stage", "no such stage", wanted)
+            )
+        earlier = name
+    refuse(found)
+    return stages
+
+
+class Recipe(Part):
+    """A whole run: a base, and stages that each push one adapter on it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$", max_length=64)] = Field(
+        description="run folder runs/<name>; lower-case letters, digits, _ and -"
+    )
+    seed: Seed = Field(default=0, description="seed of adapters, data order and sampling")
+    model: Model = Field(description="the frozen base")
+    lora: Lora = Field(default=Lora(), description="adapters of every stage")
+    training: Training = Field(default=Training(), description="optimisation of every stage")
+    report_to: Annotated[
+        tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False), AfterValidator(unique)
+    ] = Field(default=(), description="where the log goes besides log.jsonl")
+    stages: Annotated[dict[StageName, Stage], Field(min_length=1, max_length=20), AfterValidator(_check_stages)] = (
+        Field(description="name: stage, in order; a name is a lower-case letter, then letters, digits, _ and -")
+    )
+    evaluate: Evaluate | None = Field(default=None, description="what is measured after the last stage")
+    sandbox: Sandbox | None = Field(
+        default_factory=_default_sandbox, description="the generated world; only with the sandbox model or sandbox data"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse([*self._sandbox_conflicts(), *self._policy_conflicts(), *self._batch_conflicts()])
+        return self
+
+    def training_of(self, stage: str) -> Training:
+        """Optimisation of a stage: `training`, with what the stage says itself."""
+        return self.training.model_copy(update=_given(self.stages[stage].training))
+
+    def lora_of(self, stage: str) -> Lora:
+        """Adapter of a stage: `lora`, with what the stage says itself."""
+        return self.lora.model_copy(update=_given(self.stages[stage].lora))
+
+    def resolved_beta(self, stage: str) -> float:
+        """Temperature of an rsa stage: its beta, or that of the nearest earlier rsa stage divided by its lambda."""
+        beta = 0.0
+        for name, part in self.stages.items():
+            if isinstance(part, RsaStage):
+                beta = part.beta if part.beta is not None else beta / (part.lambda_ or 1.0)
+                if name == stage:
+                    return beta
+        raise ConfigError(
+            "this is no rsa stage", where="resolved_beta", got=repr(stage), wanted="the name of an rsa stage"
+        )
+
+    def _sandbox_conflicts(self) -> Iterator[Conflict]:
+        used = _uses_sandbox(self.model, self.stages, self.evaluate)
+        if self.sandbox is not None and not used:
+            wanted = "no sandbox, model.base: sandbox, or data such as sandbox:pairs"
+            yield Conflict(("sandbox",), "nothing here uses the sandbox", "a sandbox section", wanted)
+        if self.sandbox is None and used:
+            yield Conflict(("sandbox",), "the recipe uses the sandbox", "null", "no such key, for its defaults")
+
+    def _policy_conflicts(self) -> Iterator[Conflict]:
+        names = ["base", *self.stages]
+        for policy in (self.evaluate.policies or ()) if self.evaluate else ():
+            if policy not in names:
+                wanted = recipe_schema.one_of(names, near=policy)
+                yield Conflict(("evaluate", "policies"), "there is no such policy", recipe_schema.short(policy), wanted)
+
+    def _batch_conflicts(self) -> Iterator[Conflict]:
+        for name in self.stages:
+            training = self.training_of(name)
+            at = ("stages", name, "training") if self.stages[name].training else ("training",)
+            if training.batch_size % training.micro_batch:
+                got = f"batch_size {training.batch_size}, micro_batch {training.micro_batch}"
+                wanted = "a batch_size that is a multiple of micro_batch"
+                yield Conflict((*at, "batch_size"), f"stage {name} cannot split its batch", got, wanted)
+            if training.max_prompt_length >= training.max_length:
+                got = f"max_prompt_length {training.max_prompt_length}, max_length {training.max_length}"
+                wanted = "a max_length above max_prompt_length"
+                yield Conflict((*at, "max_length"), f"stage {name} leaves no room for a response", got, wanted)
+
+
+def _given(part: Part | None) -> dict[str, Any]:
+    return {} if part is None else {key: value for key, value in part if value is not None}
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file, or a shipped recipe by its name, with overrides such as `stages.safe.lambda=8`.
+
+    Raises:
+        ConfigError: the file cannot be read as YAML, or rules of the schema are broken; all of them at once, each with
+            its place, what was got, what would be right and, for a misspelt key, the likely one.
+    """
+    tree = recipe_file.read(recipe)
+    for override in overrides:
+        tree = recipe_file.override(tree, override)
+    return parse(tree)
+
+
+def parse(tree: recipe_file.Tree) -> Recipe:
+    """Check a recipe that was read."""
+    try:
+        return Recipe.model_validate(tree.value)
+    except ValidationError as error:
+        problems = recipe_schema.explain(error.errors(include_url=False), tree.value, json_schema())
+        raise recipe_file.refusal(tree, problems) from None
+
+
+@cache
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema(by_alias=True)}
+
+
+def dump_yaml(recipe: Recipe) -> str:
+    """The recipe with all its defaults; reading it back gives an equal recipe. A key that is null is left out."""
+    return recipe_file.write(recipe.model_dump(mode="json", exclude_none=True))
+
+
+def difference(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    """(dotted key, old value, new value) wherever two recipes differ; None is a key that one of them lacks."""
+    before, after = recipe_file.flat(old.model_dump(mode="json")), recipe_file.flat(new.model_dump(mode="json"))
+    keys = dict.fromkeys([*before, *after])
+    return [(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
