@@ -83,16 +83,16 @@ class Model(Part):
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(default="sdpa", description="attention kernel")
     template: Text | None = Field(
-        default=None, description="text with one {prompt}; null is the tokenizer's chat template"
+        default=None, description="text with one {prompt}; chat; null: chat for conversations, none for text"
     )
     activation_checkpointing: bool = Field(default=False, description="recompute activations: less memory, more time")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         found = []
-        if self.template is not None and self.template.count("{prompt}") != 1:
+        if self.template not in (None, "chat") and self.template.count("{prompt}") != 1:
             got = recipe_schema.short(self.template)
-            found.append(Conflict(("template",), "the template must hold the prompt once", got, "one {prompt}"))
+            found.append(Conflict(("template",), "the template must hold the prompt once", got, "one {prompt}, chat or null"))
         if self.attention == "flash_attention_2" and self.dtype == "float32":
             wanted = "dtype: bfloat16, or attention: sdpa"
             found.append(Conflict(("attention",), "this kernel has no float32", "flash_attention_2, float32", wanted))
