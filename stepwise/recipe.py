@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
@@ -67,7 +68,7 @@ __all__ = [
     "dump_yaml",
     "json_schema",
     "load",
-    "parse",
+    "problems",
     "shipped",
 ]
 
@@ -247,7 +248,8 @@ class Recipe(Part):
     )
     evaluate: Evaluate | None = Field(default=None, description="what is measured after the last stage")
     sandbox: Sandbox | None = Field(
-        default_factory=_default_sandbox, description="the generated world; only with the sandbox model or sandbox data"
+        default_factory=_default_sandbox,
+        description="the generated world, its defaults where it is used; refused where it is not",
     )
 
     @model_validator(mode="after")
@@ -308,26 +310,33 @@ def _given(part: Part | None) -> dict[str, Any]:
     return {} if part is None else {key: value for key, value in part if value is not None}
 
 
-def load(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, or a shipped recipe by its name, with overrides such as `stages.safe.lambda=8`.
 
     Raises:
         ConfigError: the file cannot be read as YAML, or rules of the schema are broken; all of them at once, each with
             its place, what was got, what would be right and, for a misspelt key, the likely one.
     """
-    tree = recipe_file.read(recipe)
+    tree, errors = recipe_file.read(recipe), []
     for override in overrides:
-        tree = recipe_file.override(tree, override)
-    return parse(tree)
+        try:
+            tree = recipe_file.override(tree, override)
+        except ConfigError as error:
+            errors.append(error)
+    errors += problems(tree)
+    if errors:
+        raise recipe_file.joined(tree.source, errors)
+    return Recipe.model_validate(tree.value)
 
 
-def parse(tree: recipe_file.Tree) -> Recipe:
-    """Check a recipe that was read."""
+def problems(tree: recipe_file.Tree) -> list[ConfigError]:
+    """Every rule of the schema that a recipe breaks."""
     try:
-        return Recipe.model_validate(tree.value)
+        Recipe.model_validate(tree.value)
     except ValidationError as error:
-        problems = recipe_schema.explain(error.errors(include_url=False), tree.value, json_schema())
-        raise recipe_file.refusal(tree, problems) from None
+        found = recipe_schema.explain(error.errors(include_url=False), tree.value, json_schema())
+        return [recipe_file.located(tree, problem) for problem in found]
+    return []
 
 
 @cache

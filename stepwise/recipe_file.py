@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -19,7 +20,7 @@ from ruamel.yaml import events as yaml_events
 from ruamel.yaml.error import MarkedYAMLError
 
 from stepwise.errors import ConfigError
-from stepwise.recipe_schema import Key, Problem
+from stepwise.recipe_schema import Key, Problem, one_of
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 20
@@ -42,40 +43,37 @@ class Tree:
     places: Mapping[Key, str]
 
 
-def read(recipe: str) -> Tree:
-    """Read a file, or a shipped recipe: a name without dot and slash is a shipped one."""
-    names = [name for name, _ in shipped()]
-    if not re.search(r"[./\\]", recipe):
-        if recipe not in names:
-            near = difflib.get_close_matches(recipe, names, n=1)
-            hint = f"{near[0]}? " if near else ""
-            wanted = f"{hint}one of {', '.join(names)}, or a path such as ./{recipe or 'recipe'}.yaml"
-            raise ConfigError("no recipe of this name is shipped", got=repr(recipe), wanted=wanted)
-        return parse(_shipped_bytes(recipe), f"recipe {recipe}")
+def read(recipe: str | Path) -> Tree:
+    """Read a file, or a shipped recipe: text without dot and slash is the name of a shipped one."""
+    if isinstance(recipe, str) and not re.search(r"[./\\]", recipe):
+        return parse(shipped_text(recipe).encode(), f"recipe {recipe}")
     try:
         with open(recipe, "rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         wanted = "a readable YAML file, or the name of a shipped recipe (stepwise ls)"
-        raise ConfigError("cannot read the recipe", where=repr(recipe), got=reason, wanted=wanted) from None
-    return parse(raw, recipe)
+        raise ConfigError("cannot read the recipe", where=repr(str(recipe)), got=reason, wanted=wanted) from None
+    return parse(raw, str(recipe))
 
 
 def shipped() -> list[tuple[str, str]]:
     """(name, first comment line) of every recipe shipped with stepwise."""
-    files = sorted(path.name for path in resources.files("stepwise.recipes").iterdir() if path.name.endswith(".yaml"))
-    names = [name.removesuffix(".yaml") for name in files]
-    return [(name, _shipped_bytes(name).decode().partition("\n")[0].lstrip("# ").strip()) for name in names]
+    return [(name, shipped_text(name).partition("\n")[0].lstrip("# ").strip()) for name in _shipped_names()]
 
 
 def shipped_text(name: str) -> str:
-    """Text of a shipped recipe, with its comments."""
-    return _shipped_bytes(name).decode()
+    """Text of a shipped recipe, with its comments. Raises `ConfigError` naming the likely one."""
+    names = _shipped_names()
+    if name not in names:
+        wanted = f"{one_of(names, near=name)}, or a path such as ./recipe.yaml"
+        raise ConfigError("no recipe of this name is shipped", got=_short(repr(name)), wanted=wanted)
+    return (resources.files("stepwise.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def _shipped_bytes(name: str) -> bytes:
-    return (resources.files("stepwise.recipes") / f"{name}.yaml").read_bytes()
+def _shipped_names() -> list[str]:
+    files = sorted(path.name for path in resources.files("stepwise.recipes").iterdir())
+    return [name.removesuffix(".yaml") for name in files if name.endswith(".yaml")]
 
 
 def parse(raw: bytes, source: str) -> Tree:
@@ -118,20 +116,22 @@ def _set(old: object, parts: tuple[str, ...], value: object, source: str, above:
     return {**old, key: new}
 
 
-def refusal(tree: Tree, problems: Sequence[Problem]) -> ConfigError:
-    """One error that lists every problem, each a paragraph of its own."""
-    errors = []
-    for problem in problems:
-        key = problem.key
-        while key and key not in tree.places:
-            key = key[:-1]
-        dotted = ".".join(str(part) for part in problem.key) or "the recipe"
-        where = ", ".join(filter(None, [tree.source, tree.places.get(key), dotted]))
-        errors.append(ConfigError(problem.what, where=where, got=problem.got, wanted=problem.wanted))
+def located(tree: Tree, problem: Problem) -> ConfigError:
+    """The problem with its file, its line or override, and its dotted key."""
+    key = problem.key
+    while key and key not in tree.places:
+        key = key[:-1]
+    dotted = ".".join(str(part) for part in problem.key)
+    where = ", ".join(filter(None, [tree.source, tree.places.get(key), dotted]))
+    return ConfigError(problem.what, where=where, got=problem.got, wanted=problem.wanted)
+
+
+def joined(source: str, errors: Sequence[ConfigError]) -> ConfigError:
+    """One error for all, each a paragraph of its own."""
     if len(errors) == 1:
         return errors[0]
     lines = [f"{number}. {error}" for number, error in enumerate(errors, 1)]
-    return ConfigError("\n".join([f"{tree.source}: {len(errors)} problems", *lines]))
+    return ConfigError("\n".join([f"{source}: {len(errors)} problems", *lines]))
 
 
 def write(value: object) -> str:

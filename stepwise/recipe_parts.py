@@ -92,7 +92,9 @@ class Model(Part):
         found = []
         if self.template not in (None, "chat") and self.template.count("{prompt}") != 1:
             got = recipe_schema.short(self.template)
-            found.append(Conflict(("template",), "the template must hold the prompt once", got, "one {prompt}, chat or null"))
+            found.append(
+                Conflict(("template",), "the template must hold the prompt once", got, "one {prompt}, chat or null")
+            )
         if self.attention == "flash_attention_2" and self.dtype == "float32":
             wanted = "dtype: bfloat16, or attention: sdpa"
             found.append(Conflict(("attention",), "this kernel has no float32", "flash_attention_2, float32", wanted))

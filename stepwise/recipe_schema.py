@@ -173,7 +173,7 @@ def _members(schema: Schema) -> Schema:
 def describe(schema: Schema, root: Schema) -> str:
     """What is wanted: type, bounds, choices, meaning."""
     schema = _resolve(schema, None, root)
-    kind = _kind(schema, root) + (" or null" if schema.get("nullable") else "")
+    kind = _kind(schema, root) + (", or null" if schema.get("nullable") else "")
     meaning = schema.get("description")
     return f"{kind} ({meaning})" if meaning else kind
 
@@ -207,7 +207,7 @@ def _kind(schema: Schema, root: Schema) -> str:
 
 def _bounds(schema: Schema) -> str:
     words = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
-    found = [f"{word} {schema[key]:g}" for key, word in words.items() if key in schema]
+    found = [f"{word} {schema[key]:.10g}" for key, word in words.items() if key in schema]
     return " " + " and ".join(found) if found else ""
 
 
@@ -250,14 +250,25 @@ def markdown(root: Schema) -> str:
     """The reference of every key, as docs/recipes.md holds it."""
     lines: list[str] = []
     for section in sections(root):
-        lines += ["", f"### {listed(section.places)}", "", "| key | value | default | meaning |", "|---|---|---|---|"]
+        lines += [
+            "",
+            "### " + listed([_quoted(place) for place in section.places]),
+            "",
+            "| key | value | default | meaning |",
+            "|---|---|---|---|",
+        ]
         required = section.schema.get("required", [])
         for key, part in section.schema["properties"].items():
             part = _resolve(part, None, root)
-            kind = _kind(part, root) + (" or null" if part.get("nullable") else "")
+            kind = _kind(part, root) + (", or null" if part.get("nullable") else "")
             default = "needed" if key in required else _default(part)
             lines.append(f"| `{key}` | {kind} | {default} | {part.get('description', '')} |".replace("||", "|"))
     return "\n".join(lines).strip() + "\n"
+
+
+def _quoted(place: str) -> str:
+    key, space, rest = place.partition(" ")
+    return place if key == "the" else f"`{key}`{space}{rest}"
 
 
 def _default(schema: Schema) -> str:
