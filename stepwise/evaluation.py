@@ -1,0 +1,317 @@
+"""Metrics of policies on held-out prompts, with intervals that know that answers to one prompt belong together.
+
+No model, no torch. Shapes: N responses, P prompts, R replicates (row 0 is the sample itself).
+
+An interval is the percentile interval of a cluster bootstrap over prompts. A bootstrap only knows the harm it has seen:
+for the CVaR of a heavy-tailed cost a nominal 95 % covers about 90 % at 400 prompts. It compares policies and guarantees
+nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepwise.errors import ConfigError, DataError, NonFiniteError
+from stepwise.resampling import (
+    Ends,
+    Floats,
+    Ints,
+    cvar_by_prompt,
+    distinct_without_prompt,
+    draw_prompts,
+    jackknife,
+    mean_by_prompt,
+    percentiles,
+    unseen,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Scores = Sequence[float | None]
+Kind = Literal["level", "difference", "relative"]
+
+ALL = "all"  # the stratum of every response
+SHARES = ("violation_rate", "unfinished")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The responses of one policy; row i of every column belongs to one response.
+
+    prompt_id says which responses answer the same prompt, and which prompts two policies share. rewards and costs hold
+    one column per scorer, None for 'not scored'. kl: KL to the reference policy, nats per response; nll: mean negative
+    log-likelihood per token under the frozen base, nats (None for an empty response); leave out what was not measured.
+
+    Raises:
+        DataError: columns differ in length, a prompt is in two strata, or a stratum is called 'all'.
+        NonFiniteError: a number is NaN or infinite.
+    """
+
+    policy: str
+    prompt_id: Sequence[int | str]
+    stratum: Sequence[str]
+    completion: Sequence[str]
+    tokens: Sequence[int]
+    finished: Sequence[bool]
+    rewards: Mapping[str, Scores] = field(default_factory=dict)
+    costs: Mapping[str, Scores] = field(default_factory=dict)
+    kl: Scores | None = None
+    nll: Scores | None = None
+
+    def __post_init__(self) -> None:
+        for name, column in self.columns().items():
+            if len(column) != len(self.prompt_id):
+                got, wanted = f"{len(column)} rows", f"{len(self.prompt_id)}, as in column 'prompt_id'"
+                raise DataError("columns differ in length", where=self._place(name), got=got, wanted=wanted)
+        for name, column in self._numbers().items():
+            for row, value in enumerate(column):
+                if value is not None and not math.isfinite(value):
+                    where = f"{self._place(name)}, row {row}, prompt {self.prompt_id[row]!r}"
+                    raise NonFiniteError("a sample has a number that is not finite", where=where, got=value)
+        home: dict[int | str, str] = {}
+        for prompt, stratum in zip(self.prompt_id, self.stratum, strict=True):
+            if stratum == ALL or home.setdefault(prompt, stratum) != stratum:
+                got = f"prompt {prompt!r} in {stratum!r} and {home.get(prompt)!r}"
+                wanted = f"one stratum per prompt, not called {ALL!r}"
+                raise DataError("strata are ambiguous", where=self._place("stratum"), got=got, wanted=wanted)
+
+    def columns(self) -> dict[str, Sequence[object]]:
+        """Every column by its name in tables and files: rewards are 'rewards/<name>', costs 'cost/<name>'."""
+        text = {"prompt_id": self.prompt_id, "stratum": self.stratum, "completion": self.completion}
+        return {**text, "tokens": self.tokens, "finished": self.finished, **self._numbers()}
+
+    def _numbers(self) -> dict[str, Scores]:
+        rewards = {f"rewards/{name}": column for name, column in self.rewards.items()}
+        costs = {f"cost/{name}": column for name, column in self.costs.items()}
+        optional = {"kl": self.kl, "nll": self.nll}
+        return rewards | costs | {name: column for name, column in optional.items() if column is not None}
+
+    def _place(self, column: str) -> str:
+        return f"samples of policy {self.policy!r}, column {column!r}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One number with its interval; None where the sample cannot say (nothing scored, no spread, a change from zero).
+
+    kind: 'level' of `policy`, 'difference' policy - baseline, or 'relative' policy / baseline - 1.
+    prompts and responses were counted in; `unscored` responses were left out.
+    """
+
+    policy: str
+    stratum: str
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    prompts: int
+    responses: int
+    unscored: int
+    kind: Kind = "level"
+    baseline: str | None = None
+
+
+def summarise(
+    samples: Sequence[Samples], *, tail: float, violation: float, bootstrap: int, confidence: float, seed: int
+) -> list[Estimate]:
+    """Every metric of every policy, over all responses and per stratum.
+
+    Metrics: rewards/<name>, cost/<name>/{mean, cvar, violation_rate}, kl, nll, length (tokens), unfinished (a share),
+    distinct_2. cvar is the mean of the worst share `tail` of the responses; a violation is a cost > `violation`.
+    distinct_2 falls with the amount of text: compare policies on equally many responses; its interval is a jackknife's.
+    A share seen as 0 or 1 gets a bound that holds for any policy. Nothing depends on the order of the responses.
+
+    Raises:
+        ConfigError: an option is out of range.
+        DataError: two policies have one name.
+    """
+    _check_options(tail=tail, bootstrap=bootstrap, confidence=confidence)
+    names = [sample.policy for sample in samples]
+    if len(set(names)) < len(names):
+        raise DataError("two policies have one name", got=names, wanted="one table of samples per policy")
+    strata = [ALL, *sorted({stratum for sample in samples for stratum in sample.stratum})]
+    estimates = []
+    for sample in samples:
+        metrics = _metrics(sample, tail=tail, violation=violation)
+        for stratum in strata:
+            responses = _responses(sample, stratum)
+            counts_RP = draw_prompts(responses.prompts, bootstrap=bootstrap, seed=seed)
+            for name, metric in metrics.items():
+                level_R, counted = _replicate(metric, responses, counts_RP)
+                low, high = metric.interval(level_R, confidence)
+                if low is None and name.rsplit("/")[-1] in SHARES:
+                    low, high = unseen(level_R[0], counted[0], confidence)
+                estimates.append(Estimate(sample.policy, stratum, name, _finite(level_R[0]), low, high, *counted))
+    return estimates
+
+
+def compare(
+    policy: Samples, baseline: Samples, *, tail: float, violation: float, bootstrap: int, confidence: float, seed: int
+) -> list[Estimate]:
+    """Difference and relative change of every metric that both policies have; their replicates share the drawn prompts.
+
+    Options and metrics as in `summarise`. The relative change has no value where the baseline is not above zero, and no
+    interval where a replicate of it is not. The counts are sums over both policies, of prompts the smaller count.
+
+    Raises:
+        ConfigError: an option is out of range.
+        DataError: the two did not answer the same prompts.
+    """
+    _check_options(tail=tail, bootstrap=bootstrap, confidence=confidence)
+    _check_paired(policy, baseline)
+    metrics, others = (_metrics(sample, tail=tail, violation=violation) for sample in (policy, baseline))
+    estimates = []
+    for stratum in [ALL, *sorted(set(policy.stratum))]:
+        ours, theirs = _responses(policy, stratum), _responses(baseline, stratum)
+        counts_RP = draw_prompts(ours.prompts, bootstrap=bootstrap, seed=seed)
+        for name in (name for name in metrics if name in others):
+            a_R, counted_a = _replicate(metrics[name], ours, counts_RP)
+            b_R, counted_b = _replicate(others[name], theirs, counts_RP)
+            counted = min(counted_a[0], counted_b[0]), counted_a[1] + counted_b[1], counted_a[2] + counted_b[2]
+            relative_R = np.divide(a_R, b_R, out=np.full_like(a_R, np.nan), where=b_R > 0) - 1
+            changes: tuple[tuple[Kind, Floats], ...] = (("difference", a_R - b_R), ("relative", relative_R))
+            for kind, change_R in changes:
+                low, high = metrics[name].interval(change_R, confidence)
+                numbers = _finite(change_R[0]), low, high
+                estimates.append(Estimate(policy.policy, stratum, name, *numbers, *counted, kind, baseline.policy))
+    return estimates
+
+
+def render(estimates: Iterable[Estimate], *, title: str = "") -> Table:
+    """One column per policy or comparison, one block of rows per stratum; relative changes in percent."""
+    from rich.table import Table
+
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    unscored = []
+    for estimate in estimates:
+        rows.setdefault((estimate.stratum, estimate.metric), {})[_heading(estimate)] = _cell(estimate)
+        if estimate.unscored and estimate.stratum == ALL:
+            unscored.append(f"{_heading(estimate)}, {estimate.metric}: {estimate.unscored} not scored")
+    headings = list(dict.fromkeys(heading for row in rows.values() for heading in row))
+    table = Table("stratum", "metric", *headings, title=title or None, caption="\n".join(unscored) or None)
+    for stratum in sorted({stratum for stratum, _ in rows}, key=lambda name: (name != ALL, name)):
+        table.add_section()
+        block = [(metric, row) for (home, metric), row in rows.items() if home == stratum]
+        for index, (metric, row) in enumerate(block):
+            table.add_row("" if index else stratum, metric, *(row.get(heading, "") for heading in headings))
+    return table
+
+
+def to_json(estimates: Iterable[Estimate]) -> str:
+    """A list of records with the fields of `Estimate`; null for None."""
+    return json.dumps([asdict(estimate) for estimate in estimates], indent=1, allow_nan=False)
+
+
+@dataclass(frozen=True)
+class _Responses:
+    """Rows of one stratum, their prompts as numbers 0 to P - 1 in an order that the order of rows does not change."""
+
+    row_N: Ints
+    prompt_N: Ints
+    prompts: int
+
+
+@dataclass(frozen=True)
+class _Metric:
+    """replicate: row_N, prompt_N, counts_RP -> value_R, row 0 the sample itself; interval: of those replicates."""
+
+    scored: NDArray[np.bool_]
+    replicate: Callable[[Ints, Ints, Floats], Floats]
+    interval: Callable[[Floats, float], Ends]
+
+
+def _metrics(sample: Samples, *, tail: float, violation: float) -> dict[str, _Metric]:
+    def of(column: Iterable[float | None], statistic: Callable[[Floats, Ints, Floats], Floats]) -> _Metric:
+        x = np.array([np.nan if value is None else value for value in column], dtype=np.float64)
+        return _Metric(
+            ~np.isnan(x), lambda row_N, prompt_N, counts_RP: statistic(x[row_N], prompt_N, counts_RP), percentiles
+        )
+
+    def distinct_2(row_N: Ints, prompt_N: Ints, counts_RP: Floats) -> Floats:
+        texts = [sample.completion[row] for row in row_N]
+        return distinct_without_prompt(texts, prompt_N, n=2, prompts=counts_RP.shape[1])
+
+    metrics = {f"rewards/{name}": of(column, mean_by_prompt) for name, column in sample.rewards.items()}
+    for name, column in sample.costs.items():
+        violates = (None if cost is None else float(cost > violation) for cost in column)
+        metrics[f"cost/{name}/mean"] = of(column, mean_by_prompt)
+        metrics[f"cost/{name}/cvar"] = of(column, partial(cvar_by_prompt, tail=tail))
+        metrics[f"cost/{name}/violation_rate"] = of(violates, mean_by_prompt)
+    for name, optional in {"kl": sample.kl, "nll": sample.nll}.items():
+        if optional is not None:
+            metrics[name] = of(optional, mean_by_prompt)
+    metrics["length"] = of(sample.tokens, mean_by_prompt)
+    metrics["unfinished"] = of((1.0 - done for done in sample.finished), mean_by_prompt)
+    metrics["distinct_2"] = _Metric(np.ones(len(sample.completion), dtype=bool), distinct_2, jackknife)
+    return metrics
+
+
+def _responses(sample: Samples, stratum: str) -> _Responses:
+    rows = [row for row, home in enumerate(sample.stratum) if stratum in (ALL, home)]
+    ids = sorted({sample.prompt_id[row] for row in rows}, key=lambda prompt: (str(prompt), type(prompt).__name__))
+    number = {prompt: index for index, prompt in enumerate(ids)}
+    prompt_N = np.array([number[sample.prompt_id[row]] for row in rows], dtype=np.int64)
+    return _Responses(np.array(rows, dtype=np.int64), prompt_N, len(ids))
+
+
+def _replicate(metric: _Metric, responses: _Responses, counts_RP: Floats) -> tuple[Floats, tuple[int, int, int]]:
+    """value_R, and how many prompts and responses were counted in and how many responses were not scored."""
+    keep = metric.scored[responses.row_N]
+    prompt_N = responses.prompt_N[keep]
+    counted = len(np.unique(prompt_N)), len(prompt_N), len(keep) - len(prompt_N)
+    if not len(prompt_N):
+        return np.full(len(counts_RP), np.nan), counted
+    return metric.replicate(responses.row_N[keep], prompt_N, counts_RP), counted
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _heading(estimate: Estimate) -> str:
+    texts = {
+        "level": estimate.policy,
+        "difference": f"{estimate.policy} - {estimate.baseline}",
+        "relative": f"{estimate.policy} / {estimate.baseline} - 1",
+    }
+    return texts[estimate.kind]
+
+
+def _cell(estimate: Estimate) -> str:
+    def number(value: float) -> str:
+        return f"{value:+.1%}" if estimate.kind == "relative" else f"{value:.3g}"
+
+    if estimate.value is None:
+        return "-"
+    if estimate.low is None or estimate.high is None:
+        return number(estimate.value)
+    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
+
+
+def _check_options(*, tail: float, bootstrap: int, confidence: float) -> None:
+    wrong = {
+        "tail": (tail, "a share in (0, 1]", 0 < tail <= 1),
+        "bootstrap": (bootstrap, "100 or more replicates", bootstrap >= 100),
+        "confidence": (confidence, "a number in (0, 1), such as 0.95", 0 < confidence < 1),
+    }
+    for name, (got, wanted, right) in wrong.items():
+        if not right:
+            raise ConfigError(f"the evaluation's {name} is out of range", got=got, wanted=wanted)
+
+
+def _check_paired(policy: Samples, baseline: Samples) -> None:
+    ours, theirs = (set(zip(sample.prompt_id, sample.stratum, strict=True)) for sample in (policy, baseline))
+    if ours != theirs:
+        prompt, stratum = min(ours ^ theirs, key=repr)
+        where = f"policies {policy.policy!r} and {baseline.policy!r}"
+        got = f"{len(ours ^ theirs)} prompts of one only, such as {prompt!r} of stratum {stratum!r}"
+        raise DataError("two policies did not answer the same prompts", where=where, got=got)
