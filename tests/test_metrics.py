@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +52,11 @@ def test_metrics_combine() -> None:
     assert both.compute(predictions=COSTS) == {"cvar": pytest.approx(4.0), "violation_rate": pytest.approx(0.8)}
 
 
-@pytest.mark.parametrize("metric", [CVaR(alpha=0.5), ViolationRate(threshold=0.0)])
+@pytest.mark.parametrize("build", [partial(CVaR, alpha=0.5), partial(ViolationRate, threshold=0.0)])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_cost_that_is_not_finite_is_named_by_row(metric: Any, bad: float) -> None:
+def test_a_cost_that_is_not_finite_is_named_by_row(build: Callable[[], Any], bad: float) -> None:
     with pytest.raises(NonFiniteError, match="row 2"):
-        metric.compute(predictions=[0.0, 1.0, bad])
+        build().compute(predictions=[0.0, 1.0, bad])
 
 
 def test_options_out_of_range_and_texts_without_n_words_are_refused() -> None:
