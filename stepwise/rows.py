@@ -194,30 +194,35 @@ def _json_list(stream: IO[bytes], path: Path) -> Numbered:
 
 
 def _csv(stream: IO[bytes], path: Path) -> Numbered:
-    lines = (line.decode(errors="surrogateescape") for line in stream)
-    reader = csv.reader(lines, strict=True)
     before = csv.field_size_limit(MAX_ROW_BYTES)  # a setting of the whole process: put back below
     try:
-        names = next(reader, [])
+        records = _csv_records(line.decode(errors="surrogateescape") for line in stream)
+        _, names = next(records, (0, []))
+        if isinstance(names, Malformed):
+            raise DataError("The header of a CSV file is broken", where=path, got=names.detail)
         if len(set(names)) < len(names):
             raise DataError("The header of a CSV file names a column twice", where=path, got=names)
-        while True:
-            number = reader.line_num + 1
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield number, _csv_error(error)
-                continue
-            if not cells:
-                continue
-            if len(cells) == len(names):
-                yield number, dict(zip(names, cells, strict=True))
-            else:
-                yield number, Malformed(WHOLE_ROW, "wrong number of cells", f"{len(cells)} for {len(names)} columns")
+        for number, cells in records:
+            if isinstance(cells, list) and len(cells) != len(names):
+                cells = Malformed(WHOLE_ROW, "wrong number of cells", f"{len(cells)} for {len(names)} columns")
+            yield number, cells if isinstance(cells, Malformed) else dict(zip(names, cells, strict=True))
     finally:
         csv.field_size_limit(before)
+
+
+def _csv_records(lines: Iterator[str]) -> Numbered:
+    reader = csv.reader(lines, strict=True)
+    while True:
+        number = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield number, _csv_error(error)
+        else:
+            if cells:
+                yield number, cells
 
 
 def _csv_error(error: csv.Error) -> Malformed:
