@@ -7,7 +7,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -170,7 +170,7 @@ def _write(tokens: Tokens, folder: Path) -> None:
         "fields": list(tokens.ids),
         "index": tokens.index,
         "columns": tokens.columns,
-        "counts": asdict(tokens.counts),
+        "counts": vars(tokens.counts),
     }
     (folder / _ROWS).write_text(json.dumps(about))
 
