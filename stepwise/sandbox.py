@@ -77,7 +77,7 @@ class Sandbox(NamedTuple):
     train_prompts: Path  # prompts to sample answers from during training, none of them held out
 
 
-_DOCUMENTS_PER_STEP = 48  # a training step reads about this many; enough that little is seen twice
+_DOCUMENTS_PER_STEP = 24  # a training step reads about this many; enough that little is seen twice
 _RECORD = "sandbox.json"  # the parameters the folder was built from
 
 
@@ -88,7 +88,7 @@ def build(
     pairs: int = 2400,
     sft: int = 3000,
     prompts: int = 400,
-    pretrain_steps: int = 240,
+    pretrain_steps: int = 480,
 ) -> Sandbox:
     """Write the world's data and a base model trained from nothing; a finished folder with equal parameters is kept.
 

@@ -17,8 +17,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
 BLOCK = 128  # positions per training row
-ROWS = 16  # rows per step
-LEARNING_RATE = 4e-3  # the peak of one cycle; small models want large steps
+ROWS = 8  # rows per step
+LEARNING_RATE = 3e-3  # the peak of one cycle; small models want large steps
 
 
 def train_tokenizer(texts: Sequence[str], *, vocab_size: int = 1024) -> PreTrainedTokenizerFast:
@@ -67,6 +67,7 @@ def pretrain(blocks_BT: Tensor, tokenizer: PreTrainedTokenizerFast, *, steps: in
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=512,
+        initializer_range=0.05,
         tie_word_embeddings=False,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
