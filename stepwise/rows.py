@@ -146,8 +146,11 @@ def _json_line(line: bytes) -> Any:
     except RecursionError:
         return Malformed(WHOLE_ROW, "not JSON", "nested too deep")
     except ValueError as error:  # also an integer of thousands of digits, which is no JSONDecodeError
-        detail = f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
-        cut = text[0] in "{[" and (getattr(error, "pos", 0) >= len(text) or text[-1] not in "}]")
+        detail, position = str(error), 0
+        if isinstance(error, json.JSONDecodeError):
+            detail, position = f"{error.msg} at character {error.pos + 1}", error.pos
+        ends_early = detail.startswith("Unterminated string") or position >= len(text) or text[-1] not in "}]"
+        cut = text[0] in "{[" and ends_early
     for reason, found in (
         ("byte order mark", text.startswith(_BYTE_ORDER_MARK)),
         ("truncated line", cut),

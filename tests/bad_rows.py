@@ -120,7 +120,7 @@ KINDS: dict[str, tuple[Callable[[dict[str, Any], random.Random], bytes], str, st
 def corrupted(rows: int, bad: int, seed: int) -> tuple[bytes, list[tuple[int, str, str]]]:
     """A JSONL file of format pku-safe-rlhf, and `(row, field, reason)` of every malformed row in it."""
     rng = random.Random(seed)
-    places = sorted(rng.sample(range(1, rows + 1), bad))
+    places = sorted(rng.sample(range(2, rows + 1), bad))  # not the first: a file may start with a byte order mark
     kinds = {place: list(KINDS)[i % len(KINDS)] for i, place in enumerate(rng.sample(places, bad))}
     lines = []
     for number in range(1, rows + 1):
