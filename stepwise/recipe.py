@@ -273,9 +273,7 @@ class Recipe(Part):
                 beta = part.beta if part.beta is not None else beta / (part.lambda_ or 1.0)
                 if name == stage:
                     return beta
-        raise ConfigError(
-            "this is no rsa stage", where="resolved_beta", got=repr(stage), wanted="the name of an rsa stage"
-        )
+        raise ConfigError("only an rsa stage has a temperature", got=repr(stage), wanted="the name of an rsa stage")
 
     def _sandbox_conflicts(self) -> Iterator[Conflict]:
         used = _uses_sandbox(self.model, self.stages, self.evaluate)

@@ -6,7 +6,6 @@ duplicate key, an alias or a tag is still visible, with its line. Whatever the i
 
 from __future__ import annotations
 
-import difflib
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -110,8 +109,7 @@ def _set(old: object, parts: tuple[str, ...], value: object, source: str, above:
         raise ConfigError(f"{at} has no keys", where=source, got=_kind(old), wanted=f"{at}=value, to replace it whole")
     key, rest = parts[0], parts[1:]
     if rest and above == ("stages",) and key not in old:
-        near = difflib.get_close_matches(key, list(old), n=1) or [", ".join(old)]
-        raise ConfigError("there is no such stage", where=source, got=repr(key), wanted=near[0])
+        raise ConfigError("there is no such stage", where=source, got=repr(key), wanted=one_of(list(old), near=key))
     new = _set(old.get(key), rest, value, source, (*above, key)) if rest else value
     return {**old, key: new}
 

@@ -49,8 +49,23 @@ def listed(names: Sequence[str]) -> str:
 
 def one_of(names: Sequence[str], *, near: str) -> str:
     """The names allowed; the likely one first, as a question."""
-    likely = difflib.get_close_matches(near, names, n=1, cutoff=0.5)
-    return (f"{likely[0]}? Allowed: " if likely else "one of ") + ", ".join(names)
+    meant = likely(near, names)
+    return (f"{meant}? Allowed: " if meant else "one of ") + ", ".join(names)
+
+
+def likely(written: str, names: Sequence[str]) -> str:
+    """The name that was meant, or nothing: those a single edit away, else the most similar one."""
+    near = [name for name in names if _one_edit(written.lower(), name)]
+    return listed(near or difflib.get_close_matches(written.lower(), names, n=1, cutoff=0.5))
+
+
+def _one_edit(a: str, b: str) -> bool:
+    """Whether one letter was dropped, added or replaced, or two neighbours were swapped."""
+    while a and b and a[0] == b[0]:
+        a, b = a[1:], b[1:]
+    while a and b and a[-1] == b[-1]:
+        a, b = a[:-1], b[:-1]
+    return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
 
 
 def explain(errors: Sequence[Any], value: object, root: Schema) -> list[Problem]:
@@ -69,45 +84,42 @@ def _problems(error: Mapping[str, Any], value: object, root: Schema) -> Iterator
         for conflict in error["ctx"]["conflicts"]:
             yield Problem((*key, *conflict.key), conflict.what, conflict.got, conflict.wanted)
     elif kind == "extra_forbidden":
-        wanted = _right_key(str(key[-1]), _at(key[:-1], value, root), root)
+        wanted = _right_key(str(key[-1]), schema_at(key[:-1], value, root), root)
         yield Problem(key, "there is no such key", repr(key[-1]), wanted)
     elif kind == "missing":
-        yield Problem(key, "a key is missing", "nothing", describe(_at(key, value, root), root))
+        yield Problem(key, "a key is missing", "nothing", describe(schema_at(key, value, root), root))
     elif kind == "union_tag_not_found":
         yield _without_tag(key, error, value, root)
     elif kind == "union_tag_invalid":
-        tag, names = _tag_and_names(_at(key, value, root))
+        tag, names = _tag_and_names(schema_at(key, value, root))
         wanted = one_of(names, near=str(error["ctx"]["tag"]))
         yield Problem((*key, tag), f"there is no such {tag}", short(error["ctx"]["tag"]), wanted)
     elif error["loc"][-1:] == ("[key]",):
-        wanted = describe(_at(key[:-1], value, root), root)
+        wanted = describe(schema_at(key[:-1], value, root), root)
         yield Problem(key, "the name is not allowed", short(key[-1]), wanted)
     else:
-        schema = _at(key, value, root)
+        schema = schema_at(key, value, root)
         names = schema.get("enum", [])
-        near = difflib.get_close_matches(str(error["input"]), names, n=1)
-        wanted = (f"{near[0]}? " if near else "") + describe(schema, root)
+        meant = likely(str(error["input"]), names)
+        wanted = (f"{meant}? " if meant else "") + describe(schema, root)
         yield Problem(key, _WHAT.get(kind, "the value is not allowed"), got, wanted)
 
 
 def _right_key(key: str, schema: Schema, root: Schema) -> str:
     keys = list(schema.get("properties", {}))
-    near = difflib.get_close_matches(key.lower(), keys, n=1, cutoff=0.5)
     allowed = f"the keys here are {', '.join(keys)}"
-    if near:
-        return f"{near[0]}? Otherwise {allowed}"
+    if meant := likely(key, keys):
+        return f"{meant}? Otherwise {allowed}"
     places = [place for section in sections(root) if key in section.schema["properties"] for place in section.places]
     return (f"{key} belongs to {listed(places)}; " if 0 < len(places) < 4 else "") + allowed
 
 
 def _without_tag(key: Key, error: Mapping[str, Any], value: object, root: Schema) -> Problem:
-    schema = _at(key, value, root)
-    tag, names = _tag_and_names(schema)
-    near = difflib.get_close_matches(tag, [str(name) for name in error["input"]], n=1, cutoff=0.5)
-    if near:
-        return Problem(
-            (*key, near[0]), "there is no such key", repr(near[0]), f"{tag}? It says which of {listed(names)}"
-        )
+    tag, names = _tag_and_names(schema_at(key, value, root))
+    for written in error["input"]:
+        if likely(str(written), [tag]):
+            wanted = f"{tag}? It says which of {listed(names)}"
+            return Problem((*key, written), "there is no such key", repr(written), wanted)
     return Problem((*key, tag), "a key is missing", "nothing", f"{tag}: {listed(names)}")
 
 
@@ -133,7 +145,7 @@ def _key(loc: Sequence[str | int], value: object) -> Key:
     return tuple(key)
 
 
-def _at(key: Key, value: object, root: Schema) -> Schema:
+def schema_at(key: Key, value: object, root: Schema) -> Schema:
     """The schema that holds at a place of `value`; a union is resolved by the tag that is written there."""
     schema = _resolve(root, value, root)
     for part in key:
