@@ -1,0 +1,161 @@
+"""The command line: what it prints, what it returns, and what it does not import."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from stepwise import __version__, recipe
+from stepwise.cli import app
+
+HEAVY = ("torch", "transformers", "peft", "datasets", "bitsandbytes", "evaluate", "accelerate", "numpy")
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner(env={"COLUMNS": "120", "NO_COLOR": "1"}).invoke(app, list(arguments))
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import stepwise",
+        "import stepwise.recipe",
+        "from stepwise.cli import app; app(['check', 'quickstart', 'seed=1'], standalone_mode=False)",
+        "from stepwise.cli import app; app(['ls'], standalone_mode=False)",
+        "from stepwise.cli import app; app(['schema'], standalone_mode=False)",
+    ],
+)
+def test_reading_recipes_imports_no_heavy_library(statement: str) -> None:
+    done = python(f"import sys; {statement}; print('loaded', [m for m in {HEAVY} if m in sys.modules])")
+    assert done.stdout.splitlines()[-1] == "loaded []", done.stderr
+
+
+def test_check_imports_little_enough_for_a_second() -> None:
+    check = "from stepwise.cli import app; app(['check', 'quickstart'], standalone_mode=False)"
+    assert int(python(f"import sys; {check}; print(len(sys.modules))").stdout.splitlines()[-1]) < 600
+
+
+def test_help_names_every_command() -> None:
+    shown = call("--help").stdout
+    for command in ("ls", "cp", "check", "schema", "plan", "run", "evaluate", "pairs"):
+        assert f" {command} " in shown
+        assert len(call(command, "--help").stdout) > 200
+
+
+def test_version() -> None:
+    assert call("--version").stdout == f"stepwise {__version__}\n"
+
+
+def test_ls_shows_every_recipe_with_its_line() -> None:
+    shown = " ".join(call("ls").stdout.split())
+    for name, line in recipe.shipped():
+        assert name in shown
+        assert line.split()[0] in shown
+
+
+def test_ls_of_a_folder_shows_the_runs_and_their_finished_stages(tmp_path: Path) -> None:
+    run = tmp_path / "first"
+    (run / "stages" / "01-sft" / "adapter").mkdir(parents=True)
+    (run / "recipe.yaml").write_text(recipe.dump_yaml(recipe.load("quickstart")))
+    broken = tmp_path / "second"
+    broken.mkdir()
+    (broken / "recipe.yaml").write_text("name: [")
+    shown = call("ls", str(tmp_path)).stdout
+    assert "1 of 3: sft" in shown
+    assert "unreadable recipe" in shown
+
+
+def test_ls_of_a_missing_folder_is_an_error(tmp_path: Path) -> None:
+    done = call("ls", str(tmp_path / "none"))
+    assert done.exit_code == 2
+    assert "there is no such folder" in done.stderr
+
+
+def test_cp_copies_with_comments_and_never_overwrites(tmp_path: Path) -> None:
+    assert call("cp", "rsa_local", str(tmp_path)).exit_code == 0
+    copied = tmp_path / "rsa_local.yaml"
+    assert copied.read_text().startswith("# RSA on your own model folder")
+    assert recipe.load(copied) == recipe.load("rsa_local")
+    copied.write_text("mine")
+    done = call("cp", "rsa_local", str(copied))
+    assert done.exit_code == 2
+    assert "File exists" in done.stderr
+    assert copied.read_text() == "mine"
+
+
+def test_cp_of_an_unknown_recipe_names_the_likely_one(tmp_path: Path) -> None:
+    done = call("cp", "quickstar", str(tmp_path))
+    assert done.exit_code == 2
+    assert "Wanted: quickstart?" in done.stderr
+
+
+def test_check_shows_the_stages_with_their_temperatures() -> None:
+    done = call("check", "quickstart", "stages.safe.lambda=5")
+    assert done.exit_code == 0
+    assert done.stdout.startswith("OK: quickstart, seed 0, on sandbox (nf4)")
+    rows = {line.split()[0]: line.split() for line in done.stdout.splitlines() if line}
+    assert rows["sft"][1] == "sft"
+    assert {"rsa", "better", "0.1", "0.5", "cvar", "0.97"} <= set(rows["helpful"])
+    assert {"rsa", "safer", "0.02"} <= set(rows["safe"])
+
+
+@pytest.mark.parametrize("command", ["check", "plan", "run"])
+def test_a_wrong_recipe_is_two_and_all_its_errors_without_a_traceback(command: str) -> None:
+    done = call(command, "quickstart", "training.epoch=1", "seed=no")
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: recipe quickstart: 2 problems")
+    assert "Wanted: epochs?" in done.stderr
+    assert "Got: 'no'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_file_is_an_error() -> None:
+    done = call("check", "./none.yaml")
+    assert done.exit_code == 2
+    assert "No such file" in done.stderr
+
+
+def test_debug_shows_the_traceback_and_keeps_the_exit_code() -> None:
+    done = call("--debug", "check", "quickstart", "seed=no")
+    assert done.exit_code == 2
+    assert "Traceback" in done.stderr
+
+
+def test_schema_prints_json_that_describes_recipes() -> None:
+    found = json.loads(call("schema").stdout)
+    assert found["properties"]["stages"]["type"] == "object"
+    assert found["$schema"].startswith("https://json-schema.org/")
+    assert call("schema", "--markdown").stdout.startswith("### the top level")
+
+
+@pytest.mark.parametrize("code", [2, 4, 130])
+def test_the_exit_code_of_an_error_is_that_of_its_class(code: int, tmp_path: Path) -> None:
+    raised = {2: "ConfigError('x')", 4: "NonFiniteError('x')", 130: "KeyboardInterrupt()"}[code]
+    script = (
+        "import sys, types; from stepwise.errors import *\n"
+        f"def run(recipe, output): raise {raised}\n"
+        "import stepwise; module = types.ModuleType('stepwise.pipeline'); module.run = run\n"
+        "sys.modules['stepwise.pipeline'] = stepwise.pipeline = module\n"
+        "sys.argv = ['stepwise', 'run', 'quickstart']\n"
+        "from stepwise.cli import main; main()"
+    )
+    done = python(script)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+
+
+def test_pairs_refuses_values_out_of_range() -> None:
+    required = ["--model", "m", "--prompts", "p", "--scorer", "s", "--output", "o.jsonl"]
+    assert call("pairs", *required, "--prefer", "lower", "--samples", "1").exit_code == 2
+    assert call("pairs", *required, "--prefer", "best").exit_code == 2
+    assert call("pairs", *required).exit_code == 2
