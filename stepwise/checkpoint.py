@@ -1,8 +1,8 @@
 """Folders that are either complete and verified, or ignored.
 
-A folder is filled under a temporary name, hashed into a manifest, forced to disk and renamed into place. Whatever moment a
-process is killed at, what carries a final name is whole; whatever happens to it afterwards is found by its SHA-256 sums
-(safetensors has no checksum of its own).
+A folder is filled under a temporary name, hashed into a manifest, forced to disk and renamed into place. Whatever
+moment a process is killed at, what carries a final name is whole; whatever happens to it afterwards is found by its
+SHA-256 sums (safetensors has no checksum of its own).
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from stepwise.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -26,7 +28,8 @@ _TEMPORARY = ".tmp-"
 def commit(target: Path, fill: Callable[[Path], None]) -> Path:
     """Create folder `target` with what `fill(folder)` writes, all or nothing, and return it.
 
-    Raises `CheckpointError` when the disk is full or the place cannot be written; an earlier folder of that name survives.
+    Raises `CheckpointError` when the disk is full or the place cannot be written; an earlier folder of that name
+    survives.
     """
     temporary = target.with_name(f"{_TEMPORARY}{target.name}-{os.getpid()}")
     try:
@@ -42,20 +45,19 @@ def commit(target: Path, fill: Callable[[Path], None]) -> Path:
             discard(target)
         temporary.rename(target)
         _sync(target.parent)
-    except Exception as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors report a full disk as their own
         shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) or type(error).__module__.startswith(("safetensors", "builtins")):
-            raise CheckpointError(
-                f"A checkpoint could not be written ({type(error).__name__}: {error}); earlier ones are untouched",
-                where=target,
-                wanted="a writable folder with enough free space",
-            ) from error
-        raise
+        raise CheckpointError(
+            f"A checkpoint could not be written ({type(error).__name__}: {error}); earlier ones are untouched",
+            where=target,
+            wanted="a writable folder with enough free space",
+        ) from error
     return target
 
 
 def verify(folder: Path) -> None:
-    """Compare every file with the manifest; raise `CheckpointError` naming the first that is missing, foreign or altered."""
+    """Compare every file with the manifest; raise `CheckpointError` naming the first that is missing, foreign or
+    altered."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         sums, name = dict(manifest["sha256"]), manifest["folder"]

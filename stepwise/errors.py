@@ -46,3 +46,11 @@ class NonFiniteError(StepwiseError):
     """A logit, loss, gradient, reward or cost is NaN or infinite; nothing was updated with it."""
 
     exit_code = 4
+
+
+class Interrupted(StepwiseError):
+    """A signal ended the work after a finished step; `exit_code` is 128 + the signal's number."""
+
+    def __init__(self, number: int, *, saved: str) -> None:
+        super().__init__(f"Stopped by signal {number}. The same command goes on from what is saved", where=saved)
+        self.exit_code = 128 + number

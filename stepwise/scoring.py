@@ -15,7 +15,7 @@ import inspect
 import math
 import numbers
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -98,8 +98,8 @@ def score(
     completions: list[str],
     *,
     name: str,
+    columns: Mapping[str, list[Any]] | None = None,
     batch_size: int | None = None,
-    **columns: list[Any],
 ) -> list[float | None]:
     """One finite float or None per row, from one call, or from one call per `batch_size` rows.
 
@@ -107,6 +107,7 @@ def score(
         ScoreError: the scorer raised, or returned another number of values, or a value that is not a finite number or
             None. The message has the scorer's `name` and the row.
     """
+    columns = columns or {}
     for column, rows in {"completions": completions, **columns}.items():
         if len(rows) != len(prompts):
             raise ScoreError(

@@ -1,0 +1,76 @@
+"""Preference pairs from a policy's own responses: sample, score, let the better one win."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from stepwise.errors import DataError
+from stepwise.policy import Policy
+from stepwise.sampling import Decoding, Prompts, sample
+from stepwise.scoring import Scorer, score
+
+
+class ScoredPair(NamedTuple):
+    """The best and the worst of one prompt's responses, as text, as the token ids that were sampled, and with their
+    scores."""
+
+    prompt: str
+    prompt_ids: list[int]
+    chosen: str
+    chosen_ids: list[int]
+    chosen_score: float
+    rejected: str
+    rejected_ids: list[int]
+    rejected_score: float
+
+
+def sample_pairs(
+    policy: Policy,
+    prompts: Prompts,
+    decoding: Decoding,
+    *,
+    scorer: Scorer,
+    name: str,
+    prefer: Literal["lower", "higher"],
+    samples: int,
+    margin: float = 0.0,
+) -> list[ScoredPair]:
+    """One pair per prompt whose `samples` responses differ in score by more than `margin`.
+
+    Training uses the sampled ids, not re-encoded text. Responses that were not scored (None) or that did not end within
+    `max_new_tokens` take no part. Raises `DataError` when no prompt gives a pair.
+    """
+    asked = prompts.repeat(samples)
+    responses = sample(policy, asked.ids, decoding)
+    completions = [policy.tokenizer.decode(r.ids, skip_special_tokens=True) for r in responses]
+    scores = score(scorer, asked.texts, completions, name=name, columns=asked.columns)
+    sign = 1.0 if prefer == "higher" else -1.0
+    pairs = []
+    for start in range(0, len(completions), samples):
+        ranked = sorted(
+            (sign * value, -row)
+            for row in range(start, start + samples)
+            if (value := scores[row]) is not None and responses[row].finished
+        )
+        if len(ranked) < 2 or ranked[-1][0] - ranked[0][0] <= margin:
+            continue
+        best, worst = -ranked[-1][1], -ranked[0][1]
+        pairs.append(
+            ScoredPair(
+                prompt=asked.texts[start],
+                prompt_ids=asked.ids[start],
+                chosen=completions[best],
+                chosen_ids=responses[best].ids,
+                chosen_score=sign * ranked[-1][0],
+                rejected=completions[worst],
+                rejected_ids=responses[worst].ids,
+                rejected_score=sign * ranked[0][0],
+            )
+        )
+    if not pairs:
+        raise DataError(
+            f"No prompt gave two responses that {name} tells apart by more than {margin:g}",
+            got=f"{len(prompts.ids)} prompts with {samples} responses each",
+            wanted="more samples, a higher temperature, more new tokens or a smaller margin",
+        )
+    return pairs

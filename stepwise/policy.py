@@ -1,0 +1,351 @@
+"""The policy: a frozen base model and a stack of LoRA adapters, one per stage.
+
+    frozen base  +  [sft]  +  [helpful]  +  [safe]        the last one is the top, the only one that trains
+
+The reference of a stage is the same model with its top adapter switched off. Policy and reference therefore share
+weights, mode, dtype and kernels, and before the first update their log-probabilities are bit-equal.
+
+This is the only module that knows bitsandbytes and peft.
+
+Shape legend: B sequences, T positions, H hidden, N response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepwise.errors import ModelError
+from stepwise.risk import Mean
+from stepwise.token_stats import Head, token_stats
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+class Policy:
+    """A causal language model with a stack of adapters. Make one with `Policy.load`."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, dtype: torch.dtype) -> None:
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.names: list[str] = []
+        self._active: list[str] = []
+        self._base: Any = model
+        self._peft: Any = None
+        self._layers: list[Any] = []
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.head = _head(self._base)
+        self._check_vocabulary()
+        self._check_head()
+
+    @classmethod
+    def load(
+        cls,
+        base: str,
+        *,
+        quantization: Literal["nf4", "none"] = "nf4",
+        dtype: torch.dtype = torch.bfloat16,
+        attention: str = "sdpa",
+        revision: str | None = None,
+        activation_checkpointing: bool = False,
+    ) -> Policy:
+        """Load a hub id or folder, in nf4 with double quantisation or unquantised, onto the GPU if there is one.
+
+        Raises `ModelError` when the model cannot be loaded, when 4 bits are asked of a model without linear layers,
+        when the tokenizer has ids the model has no embedding for, or when the head is of a kind that stepwise cannot
+        evaluate.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+        arguments: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "device_map": {"": device()}}
+        if quantization == "nf4":
+            arguments["quantization_config"] = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        try:
+            model = AutoModelForCausalLM.from_pretrained(base, revision=revision, use_safetensors=True, **arguments)
+            tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
+        except (OSError, ValueError, ImportError) as error:
+            raise ModelError(
+                f"The model {base!r} could not be loaded: {str(error).strip().splitlines()[0]}",
+                where="model.base",
+                wanted="a hub id, or a folder with config.json, *.safetensors and a tokenizer",
+            ) from error
+        if quantization == "nf4":
+            cure_cpu_repacking(model)
+            if count_linear_4bit(model) == 0:
+                raise ModelError(
+                    f"4 bits were asked for, but {type(model).__name__} has no linear layer that was quantised",
+                    where="model.quantization",
+                    got="nf4",
+                    wanted="`quantization: none`, or a model made of linear layers",
+                )
+        disable_dropout(model)
+        if activation_checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        return cls(model, tokenizer, dtype=dtype)
+
+    # --- the stack ---------------------------------------------------------------------------------------------------
+
+    def push(self, name: str, *, rank: int, alpha: float, targets: str | Sequence[str] = "all-linear") -> None:
+        """Put a new adapter on top of the stack and make it the only trainable one. Its effect starts at exactly
+        zero."""
+        from peft import LoraConfig
+
+        self._push(
+            name,
+            LoraConfig(
+                r=rank,
+                lora_alpha=alpha,
+                lora_dropout=0.0,  # policy and reference must differ by the top adapter alone
+                target_modules=targets if isinstance(targets, str) else list(targets),
+                task_type="CAUSAL_LM",
+            ),
+        )
+
+    def _push(self, name: str, config: Any) -> None:
+        from peft import get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        if name in self.names:
+            raise ModelError(f"The stack already has an adapter {name!r}", got=self.names, wanted="a new name")
+        try:
+            if self._peft is None:
+                self._peft = get_peft_model(self._base, config, adapter_name=name)
+            else:
+                self._peft.add_adapter(name, config)
+        except ValueError as error:
+            raise ModelError(f"No adapter could be attached: {error}", where=f"lora.targets of {name!r}") from error
+        self._layers = [module for module in self._peft.modules() if isinstance(module, BaseTunerLayer)]
+        self.names.append(name)
+        self._activate(self.names)
+
+    def _activate(self, names: Sequence[str]) -> None:
+        self._active = list(names)
+        for layer in self._layers:
+            layer.set_adapter(self._active, inference_mode=True)
+        if self.names and self._active == self.names:
+            for parameter in self.top_parameters().values():
+                parameter.requires_grad_(True)
+
+    def top_parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters: those of the top adapter, by name."""
+        part = f".{self.names[-1]}."
+        return {name: p for name, p in self._peft.named_parameters() if part in name and ".lora_" in name}
+
+    @contextmanager
+    def using(self, names: Sequence[str]) -> Iterator[None]:
+        """Within the context only the named adapters act; `[]` is the bare base. No gradient flows to any of them."""
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise ModelError(f"No adapter named {unknown[0]!r}", got=list(names), wanted=f"some of {self.names}")
+        before = self._active
+        self._activate(names)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._activate(before)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """The stack without its top adapter: the policy that the current stage started from."""
+        return self.using(self.names[:-1])
+
+    def scale(self, name: str, q: float) -> None:
+        """Multiply the effect of one adapter by q in [0, 1]: q = 0 is the stack without it, q = 1 as trained.
+
+        For the top adapter this is exactly the weight interpolation of SACPO(P) (2404.11049, section 4):
+        theta(q) = (1 - q) theta_reference + q theta_stage.
+        """
+        if name not in self.names:
+            raise ModelError(f"No adapter named {name!r}", wanted=f"one of {self.names}")
+        if not 0.0 <= q <= 1.0:
+            raise ModelError("The strength of an adapter is out of range", got=q, wanted="a number in [0, 1]")
+        for layer in self._layers:
+            layer.set_scale(name, q)
+
+    # --- forward -----------------------------------------------------------------------------------------------------
+
+    @property
+    def module(self) -> nn.Module:
+        """The torch module that holds all weights; what a trainer wraps and moves."""
+        return self._base if self._peft is None else self._peft  # type: ignore[no-any-return]
+
+    @property
+    def model(self) -> Any:
+        """The transformers model with the adapters injected, for `generate`."""
+        return self._base
+
+    @property
+    def device(self) -> torch.device:
+        return self._base.device  # type: ignore[no-any-return]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """fp32 adapters compute in the base's dtype; policy, reference and sampling share this one context."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states (B, T, H) of the active stack, before the head. Padding goes on the right."""
+        with self.autocast():
+            output = self._base.get_decoder()(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return output.last_hidden_state  # type: ignore[no-any-return]
+
+    def largest_log_ratio(self, input_ids: Tensor, attention_mask: Tensor) -> float:
+        """max over tokens of |log pi - log ref|; exactly 0 as long as the top adapter is untrained."""
+        shifted = attention_mask[:, 1:].bool()
+        with torch.no_grad():
+            own = self.hidden(input_ids, attention_mask)[:, :-1][shifted]
+            with self.reference():
+                ref = self.hidden(input_ids, attention_mask)[:, :-1][shifted]
+            stats = token_stats(own, ref, self.head, input_ids[:, 1:][shifted], risk=Mean())
+        return float((stats.log_prob - stats.ref_log_prob).abs().max())
+
+    # --- tokens ------------------------------------------------------------------------------------------------------
+
+    @property
+    def pad_id(self) -> int:
+        """Fills the padding. Any id will do: masks come from lengths, never from ids."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.eos_id)
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids that end a response when sampled."""
+        configured = self._base.generation_config.eos_token_id
+        listed = [] if configured is None else configured if isinstance(configured, list) else [configured]
+        own = self.tokenizer.eos_token_id
+        return sorted({*listed, *([] if own is None else [own])})
+
+    @property
+    def eos_id(self) -> int:
+        """The id appended to a complete response."""
+        own = self.tokenizer.eos_token_id
+        if own is not None:
+            return int(own)
+        if not self.stop_ids:
+            raise ModelError("Neither the tokenizer nor the generation config names an end-of-text token")
+        return self.stop_ids[0]
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def save_adapter(self, name: str, folder: Path) -> None:
+        """Write one adapter in PEFT's own format: `PeftModel.from_pretrained(base, folder)` reads it."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        state = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_WEIGHTS)
+        self._peft.peft_config[name].save_pretrained(str(folder))
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Push an adapter that `save_adapter` wrote. Only safetensors are read, never a pickle."""
+        from peft import LoraConfig
+
+        if not (folder / ADAPTER_WEIGHTS).is_file():
+            raise ModelError(f"No adapter {name!r} to load", where=folder, wanted=f"a folder with {ADAPTER_WEIGHTS}")
+        self._push(name, LoraConfig.from_pretrained(str(folder)))
+        self.load_weights(name, folder)
+
+    def load_weights(self, name: str, folder: Path) -> None:
+        """Overwrite the weights of an adapter that is on the stack with those in `folder`."""
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from safetensors.torch import load_file
+
+        state = load_file(folder / ADAPTER_WEIGHTS)
+        own = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
+        differing = sorted(set(state) ^ set(own)) or sorted(k for k in own if state[k].shape != own[k].shape)
+        if differing:
+            raise ModelError(
+                f"The adapter {name!r} does not fit this base model",
+                where=f"{folder / ADAPTER_WEIGHTS}, {differing[0]}",
+                got=f"{len(differing)} tensors that are missing, unknown or of another shape",
+                wanted="an adapter trained on the same base with the same rank and targets",
+            )
+        set_peft_model_state_dict(self._peft, state, adapter_name=name)
+
+    # --- checks ------------------------------------------------------------------------------------------------------
+
+    def _check_vocabulary(self) -> None:
+        rows = self._base.get_input_embeddings().weight.shape[0]
+        largest = max(self.tokenizer.get_vocab().values(), default=-1)
+        if largest >= rows:
+            raise ModelError(
+                "The tokenizer has ids that the model has no embedding for",
+                where="model.base",
+                got=f"largest token id {largest}, {rows} embeddings",
+                wanted="the tokenizer that belongs to the model",
+            )
+
+    def _check_head(self) -> None:
+        ids = torch.arange(4, device=self.device).view(1, 4) % self._base.get_input_embeddings().weight.shape[0]
+        mask = torch.ones_like(ids)
+        with torch.no_grad(), self.autocast():
+            logits_NV = self._base(input_ids=ids, attention_mask=mask, use_cache=False).logits[0].float()
+            expected = logits_NV.log_softmax(-1).gather(-1, ids[0, :, None])[:, 0]
+            hidden = self.hidden(ids, mask)[0]
+            found = token_stats(hidden, hidden, self.head, ids[0], risk=Mean()).log_prob
+        tolerance = 1e-4 if self.dtype == torch.float32 else 5e-2
+        if not torch.allclose(found, expected, atol=tolerance, rtol=tolerance):
+            raise ModelError(
+                f"{type(self._base).__name__} computes its logits in a way that stepwise does not know",
+                got=f"log-probabilities that differ by {float((found - expected).abs().max()):.3g}",
+                wanted="a linear head with optional bias, scale and soft-cap",
+            )
+
+
+def device() -> str:
+    """Where models live: this process's GPU if there is one, else the CPU."""
+    import os
+
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: policy and reference must differ by the top adapter alone."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def cure_cpu_repacking(model: nn.Module) -> None:
+    """Keep bitsandbytes from re-packing 4-bit weights on CPUs with AVX512-BF16.
+
+    One forward in eval mode would otherwise convert every `Linear4bit` to a layout whose kernel has no autograd
+    formula: later training passes then lose most LoRA gradients without an error.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def count_linear_4bit(model: nn.Module) -> int:
+    """How many layers of the model are 4-bit."""
+    import bitsandbytes
+
+    return sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
+
+
+def _head(model: Any) -> Head:
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise ModelError(f"{type(model).__name__} has no linear language-model head", got=type(linear).__name__)
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(
+        linear.weight, bias=linear.bias, scale=float(scale), softcap=getattr(config, "final_logit_softcapping", None)
+    )

@@ -1,0 +1,122 @@
+"""The folder of a run: which recipe owns it, where things are in it, and its log.
+
+runs/<name>/
+  recipe.yaml  environment.json  log.jsonl
+  sandbox/  cache/                                  built once
+  stages/01-sft/{data.json, round-1/{pairs/, checkpoints/, adapter/}, adapter/, metrics.json}
+  samples/<policy>.parquet  metrics.json
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from stepwise import checkpoint
+from stepwise.errors import CheckpointError, ConfigError
+from stepwise.recipe import Recipe, difference, dump_yaml, load
+
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "stepwise-align")
+_SHOWN = 10
+
+
+class RunFolder:
+    """Paths of a run. `claim` makes the folder belong to a recipe."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.log = Log(path / "log.jsonl")
+
+    def stage(self, number: int, name: str) -> Path:
+        """Folder of a stage; `number` counts from 1."""
+        return self.path / "stages" / f"{number:02d}-{name}"
+
+    def claim(self, recipe: Recipe) -> None:
+        """Write the recipe into a new folder, or check that the folder belongs to this recipe.
+
+        Raises `CheckpointError` naming every differing key when the folder belongs to another recipe, or when the
+        folder holds something that is not a run.
+        """
+        owned = self.path / "recipe.yaml"
+        if not owned.exists():
+            foreign = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
+            if foreign:
+                raise CheckpointError(
+                    "The output folder holds something else",
+                    where=self.path,
+                    got=", ".join(sorted(foreign)[:_SHOWN]),
+                    wanted="a new or empty folder, or the folder of an earlier run",
+                )
+            checkpoint.write_text(owned, dump_yaml(recipe))
+            checkpoint.write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
+            return
+        differing = difference(self.recipe(), recipe)
+        if differing:
+            shown = "; ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differing[:_SHOWN])
+            more = len(differing) - _SHOWN
+            raise CheckpointError(
+                "The output folder belongs to another recipe",
+                where=self.path,
+                got=shown + (f"; and {more} more" if more > 0 else ""),
+                wanted="the same recipe, or another folder (--output DIR, or another `name`)",
+            )
+
+    def recipe(self) -> Recipe:
+        """The recipe that owns the folder. Raises `ConfigError` when this is not a run."""
+        owned = self.path / "recipe.yaml"
+        if not owned.is_file():
+            raise ConfigError("This is not the folder of a run", where=self.path, wanted="a folder with recipe.yaml")
+        return load(str(owned))
+
+
+class Log:
+    """`log.jsonl`: one object per line; a resumed stage replaces the lines that the lost steps had written."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def lines(self) -> list[dict[str, Any]]:
+        """All whole lines; one cut off by a crash is left out."""
+        found = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+    def rewind(self, key: Mapping[str, Any], *, step: int) -> None:
+        """Forget lines of `key` (such as a stage and round) after `step`."""
+        kept = [line for line in self.lines() if not (key.items() <= line.items() and line.get("step", 0) > step)]
+        checkpoint.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append one line."""
+        with self.path.open("a") as handle:
+            handle.write(json.dumps(line) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for the record of a run."""
+    import torch
+
+    packages = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = "not installed"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "packages": packages,
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }

@@ -1,0 +1,109 @@
+"""Generation from the live stack of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from stepwise.errors import DataError
+from stepwise.policy import Policy
+
+
+class Prompts(NamedTuple):
+    """Prompts as text and as token ids, and the other columns of their rows, one list per column."""
+
+    texts: list[str]
+    ids: list[list[int]]
+    columns: dict[str, list[Any]]
+
+    def repeat(self, samples: int) -> Prompts:
+        """Every prompt `samples` times in a row."""
+
+        def often(values: list[Any]) -> list[Any]:
+            return [value for value in values for _ in range(samples)]
+
+        return Prompts(often(self.texts), often(self.ids), {name: often(v) for name, v in self.columns.items()})
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How to draw responses: nothing is truncated (no top-k, no top-p); temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    batch_size: int = 64
+    seed: int = 0
+
+
+class Response(NamedTuple):
+    """Sampled token ids, the stop token included, and whether the model stopped by itself."""
+
+    ids: list[int]
+    finished: bool
+
+
+def sample(policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[Response]:
+    """One response per prompt, drawn from the active stack.
+
+    At temperature 1 the distribution sampled from is the policy itself. A pure function of its arguments: every batch
+    has its own random stream. Raises `DataError` when a prompt is empty or leaves no room in the context.
+    """
+    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    for index, prompt in enumerate(prompts):
+        if not prompt or (limit is not None and len(prompt) + decoding.max_new_tokens > limit):
+            raise DataError(
+                "A prompt is empty" if not prompt else "A prompt does not fit into the model's context",
+                where=f"prompt {index}",
+                got=f"{len(prompt)} tokens + {decoding.max_new_tokens} new ones",
+                wanted=f"at least 1 and at most {limit} in all",
+            )
+    responses: list[Response | None] = [None] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for number, start in enumerate(range(0, len(by_length), decoding.batch_size)):
+        chunk = by_length[start : start + decoding.batch_size]
+        with _random_stream(policy.device, decoding.seed, number):
+            rows = _generate(policy, [prompts[i] for i in chunk], decoding)
+        for index, response in zip(chunk, rows, strict=True):
+            responses[index] = response
+    return [r for r in responses if r is not None]
+
+
+def _generate(policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[Response]:
+    from transformers import GenerationConfig
+
+    width = max(len(p) for p in prompts)
+    ids = torch.tensor([[policy.pad_id] * (width - len(p)) + list(p) for p in prompts], device=policy.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
+    greedy = decoding.temperature == 0
+    config = GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=not greedy,
+        temperature=None if greedy else decoding.temperature,
+        top_k=None if greedy else 0,
+        top_p=None if greedy else 1.0,
+        eos_token_id=policy.stop_ids or None,
+        pad_token_id=policy.pad_id,
+    )
+    training = policy.module.training
+    policy.module.eval()
+    try:
+        with torch.inference_mode(), policy.autocast():
+            output = policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    finally:
+        policy.module.train(training)
+    stops = set(policy.stop_ids)
+    for row in output[:, width:].tolist():
+        end = next((i + 1 for i, token in enumerate(row) if token in stops), None)
+        yield Response(row[:end], end is not None)
+
+
+@contextmanager
+def _random_stream(device: torch.device, seed: int, number: int) -> Iterator[None]:
+    """Draw from a stream of its own and leave the global one untouched."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed * 1_000_003 + number)
+        yield

@@ -1,0 +1,371 @@
+"""The training loop: `transformers.Trainer` with verified checkpoints, exact resumption and a stop on non-finite
+numbers.
+
+It knows no algorithm. What is trained is an *objective*: a module whose forward pass returns the summed loss of a batch
+and the numbers worth logging. The loop divides by the number of items (tokens or pairs) of the whole effective batch,
+so that 1 x 8, 8 x 1 and two processes give the same update.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from stepwise import checkpoint
+from stepwise.collate import bucket_order
+from stepwise.errors import ConfigError, Interrupted, ModelError, NonFiniteError
+from stepwise.policy import Policy
+from stepwise.tokens import Tokens
+
+Batch = dict[str, Tensor]
+
+
+class Outcome(NamedTuple):
+    """What an objective returns for one micro-batch: the loss summed over its items, and per-item numbers to
+    average."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Monitor(Protocol):
+    """Who watches a training."""
+
+    def start(self, step: int, steps: int) -> None:
+        """Training begins after `step` of `steps`; whatever was reported of later steps is void."""
+
+    def log(self, numbers: dict[str, float]) -> None:
+        """Means since the last call, with `step` among them."""
+
+    def warn(self, text: str) -> None:
+        """Something the user should know."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast to train; the values of a recipe's `training:`, one to one."""
+
+    epochs: float = 1.0
+    learning_rate: float = 1e-4
+    scheduler: str = "cosine"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    batch_size: int = 32
+    micro_batch: int = 8
+    save_every: int = 100
+    log_every: int = 10
+    keep: int = 2
+    seed: int = 0
+    report_to: Sequence[str] = field(default_factory=list)
+
+
+def train(
+    policy: Policy,
+    objective: nn.Module,
+    rows: Tokens,
+    *,
+    collate: Callable[[Sequence[Mapping[str, Any]]], Batch],
+    training: Training,
+    folder: Path,
+    monitor: Monitor,
+) -> dict[str, float]:
+    """Train the top adapter on `rows`, resuming from the newest good checkpoint in `folder`; return the last logged
+    numbers.
+
+    `collate` makes a batch from rows, with `items` (1,), the number of tokens or pairs that the loss sums over, among
+    its tensors; the other tensors are the arguments of the objective.
+
+    Raises `NonFiniteError` before an update with a non-finite loss or gradient, `CheckpointError` when only damaged
+    checkpoints are left, `Interrupted` after SIGTERM or SIGINT once the finished step is saved.
+    """
+    log, signals = _LogTo(monitor), _StopOnSignal()
+    trainer = StepwiseTrainer(
+        policy, objective, rows, collate=collate, training=training, folder=folder, callbacks=[log, signals]
+    )
+    resume = checkpoint.newest(folder, warn=monitor.warn)
+    if resume is None:
+        _check_start(policy, trainer)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if signals.received is not None:
+        raise Interrupted(signals.received, saved=f"{folder}, step {trainer.state.global_step}")
+    return log.last
+
+
+class StepwiseTrainer(Trainer):
+    """Verified checkpoints, exact resumption, exact normalisation, stop on non-finite; see `train`."""
+
+    loss_is_scaled_for_ga = True  # divided by the items of the whole effective batch in `compute_loss`
+
+    def __init__(
+        self,
+        policy: Policy,
+        objective: nn.Module,
+        rows: Tokens,
+        *,
+        collate: Callable[[Sequence[Mapping[str, Any]]], Batch],
+        training: Training,
+        folder: Path,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.policy = policy
+        self.folder = folder
+        self.keep = training.keep
+        self.meter = Meter()
+        super().__init__(
+            model=objective,
+            args=_arguments(training, folder),
+            train_dataset=rows,
+            data_collator=collate,
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        assert isinstance(self.train_dataset, Tokens)
+        return _Buckets(self.train_dataset.lengths(), batch=self.args.train_batch_size, seed=self.args.seed)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        items = torch.stack([batch["items"].sum() for batch in batch_samples]).sum().to(device)
+        total: Tensor = self.accelerator.gather(items)
+        return total.sum()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        self._rows = inputs["rows"].tolist()
+        outcome: Outcome = model(**{name: t for name, t in inputs.items() if name not in ("items", "rows")})
+        if not torch.isfinite(outcome.loss):
+            raise NonFiniteError(
+                "The loss is not finite; the weights are unchanged", where=self._where(), got=outcome.loss.item()
+            )
+        self.meter.add(outcome.metrics)
+        assert num_items_in_batch is not None
+        return outcome.loss * self.accelerator.num_processes / num_items_in_batch
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
+        if not np.isfinite(float(norm)):
+            raise NonFiniteError(
+                "The gradient is not finite; the weights are unchanged", where=self._where(), got=float(norm)
+            )
+        return norm
+
+    def _where(self) -> str:
+        return f"{self.folder.parent}, step {self.state.global_step + 1}, last rows {self._rows}"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:  # the Trainer's own running mean forgets what came before a resumption
+            logs |= self.meter.means(self.accelerator.reduce)
+        super().log(logs, start_time)
+
+    # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            checkpoint.save_step(self.folder, self.state.global_step, self._fill, keep=self.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _fill(self, folder: Path) -> None:
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        self.policy.save_adapter(self.policy.names[-1], folder)
+        state = self.optimizer.state_dict()
+        tensors = {f"{i}.{name}": t for i, slots in state["state"].items() for name, t in slots.items()}
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, folder / "optimizer.safetensors")
+        rest = {"groups": state["param_groups"], "scheduler": self.lr_scheduler.state_dict(), "meter": self.meter.state}
+        (folder / "loop.json").write_text(json.dumps(rest))
+        _save_rng(folder)
+        self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self.policy.load_weights(self.policy.names[-1], Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        rest = json.loads((Path(checkpoint) / "loop.json").read_text())
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in load_file(Path(checkpoint) / "optimizer.safetensors").items():
+            index, slot = name.split(".", 1)
+            slots.setdefault(int(index), {})[slot] = tensor
+        self.optimizer.load_state_dict({"state": slots, "param_groups": rest["groups"]})
+        self.lr_scheduler.load_state_dict(rest["scheduler"])
+        self.meter.state = rest["meter"]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            _load_rng(Path(checkpoint))
+
+
+class Meter:
+    """Running means of logged numbers between two log lines, in float64; part of every checkpoint."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, list[float]] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Take per-item numbers, tensors of any shape."""
+        sums = torch.stack([t.detach().double().sum() for t in metrics.values()]).tolist()
+        for (name, values), total in zip(metrics.items(), sums, strict=True):
+            entry = self.state.setdefault(name, [0.0, 0.0])
+            entry[0] += total
+            entry[1] += values.numel()
+
+    def means(self, reduce: Callable[..., Tensor]) -> dict[str, float]:
+        """Means over everything added since the last call, over all processes; then start anew."""
+        names = sorted(self.state)
+        totals = reduce(torch.tensor([self.state[n] for n in names], dtype=torch.float64), reduction="sum")
+        self.state = {}
+        return {n: float(t[0] / t[1]) for n, t in zip(names, totals, strict=True) if t[1] > 0}
+
+
+class _Buckets(Sampler[int]):
+    """Rows in an order of similar lengths, a function of (seed, epoch) alone."""
+
+    def __init__(self, lengths: Sequence[int], *, batch: int, seed: int) -> None:
+        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(bucket_order(self.lengths, batch=self.batch, seed=self.seed, epoch=self.epoch))
+
+
+class _LogTo(TrainerCallback):
+    """Hand every log line of the training itself to the monitor; the last step always logs."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self.monitor = monitor
+        self.last: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            self.monitor.start(state.global_step, state.max_steps)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs and state.is_world_process_zero:
+            self.last = {"step": state.global_step, **logs}
+            self.monitor.log(self.last)
+
+
+class _StopOnSignal(TrainerCallback):
+    """SIGTERM and SIGINT end training after the running step, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        self.received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.received is not None:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._restore()
+
+
+def _check_start(policy: Policy, trainer: StepwiseTrainer) -> None:
+    """Before the first update the top adapter must have no effect at all: what it adds is what the stage learned."""
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    ratio = policy.largest_log_ratio(batch["input_ids"], batch["attention_mask"])
+    if ratio != 0.0:
+        raise ModelError(
+            "The stage cannot start: policy and reference differ before the first update",
+            where=f"adapter {policy.names[-1]!r}",
+            got=f"a largest token log-ratio of {ratio:.3g}",
+            wanted="exactly 0: a fresh adapter, no dropout, one dtype and kernel for both",
+        )
+
+
+def _arguments(training: Training, folder: Path) -> TrainingArguments:
+    """The only place where `TrainingArguments` are built."""
+    import os
+
+    passes = training.micro_batch * int(os.environ.get("WORLD_SIZE", "1"))
+    if training.batch_size % passes:
+        raise ConfigError(
+            "The batch cannot be split evenly",
+            where="training.batch_size",
+            got=f"{training.batch_size} for {passes // training.micro_batch} processes with {training.micro_batch} each",
+            wanted=f"a multiple of {passes}",
+        )
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=training.epochs,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type=training.scheduler,
+        warmup_steps=training.warmup,  # a float below 1 is a share of all steps
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        per_device_train_batch_size=training.micro_batch,
+        gradient_accumulation_steps=training.batch_size // passes,
+        save_strategy="steps" if training.save_every else "no",
+        save_steps=training.save_every or 1,
+        logging_steps=training.log_every,
+        logging_nan_inf_filter=False,
+        seed=training.seed,
+        report_to=list(training.report_to),
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _save_rng(folder: Path) -> None:
+    version, state, gauss = random.getstate()
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002  the global state is what must survive
+    (folder / "rng.json").write_text(json.dumps({"python": [version, list(state), gauss], "numpy": [name, *rest]}))
+    tensors = {"numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)), "cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    save_file(tensors, folder / "rng.safetensors")
+
+
+def _load_rng(folder: Path) -> None:
+    rest, tensors = json.loads((folder / "rng.json").read_text()), load_file(folder / "rng.safetensors")
+    version, state, gauss = rest["python"]
+    random.setstate((version, tuple(state), gauss))
+    name, *tail = rest["numpy"]
+    np.random.set_state((name, tensors["numpy"].numpy().astype(np.uint32), *tail))  # noqa: NPY002
+    torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
