@@ -77,7 +77,6 @@ def test_batches_hold_similar_lengths_in_an_order_that_changes_with_seed_and_epo
     assert padded(list(range(rows))) > 1.5 * sum(lengths), "in the order of the file the padding is large"
     assert all(max(batch) - min(batch) < 60 for batch in batches(order))
     longest = [max(batch) for batch in batches(order)]
-    assert longest != sorted(longest)
-    assert longest != sorted(longest, reverse=True)
+    assert longest[:20] not in (sorted(longest[:20]), sorted(longest[:20], reverse=True)), "batches are shuffled too"
     others = [bucket_order(lengths, batch=8, seed=seed, epoch=epoch) for seed, epoch in ((0, 1), (1, 0))]
     assert len({tuple(order), *map(tuple, others)}) == 3

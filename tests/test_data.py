@@ -161,6 +161,7 @@ def test_an_edit_of_the_data_or_of_its_description_changes_the_fingerprint_and_a
         fingerprint("c.jsonl", ["bad", *ROWS]),
         fingerprint("c.jsonl", ROWS, columns={"chosen": "rejected", "rejected": "chosen"}),
         fingerprint("c.jsonl", ROWS, limit=3),
+        fingerprint("c.jsonl", ROWS, limit=len(ROWS)),  # the same rows, described in another way
     ]
     assert len({original, *edits}) == 1 + len(edits)
 

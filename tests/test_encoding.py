@@ -61,12 +61,15 @@ def test_eos_follows_the_policy_where_it_differs_from_the_tokenizer() -> None:
     assert text["response_ids"][-1] == 7
 
 
-def test_the_boundary_moves_back_where_prompt_and_response_share_a_token() -> None:
+@pytest.mark.parametrize(("chosen", "rejected"), [("y yes", "o?"), ("o?", "y yes")])
+def test_the_boundary_moves_back_where_either_response_shares_a_token_with_the_prompt(
+    chosen: str, rejected: str
+) -> None:
     tokenizer = byte_level(split=False)
-    prompt, chosen, rejected = "hello there, wh", "y yes", "o?"
-    whole = ids_of(prompt + chosen, tokenizer)
+    prompt = "hello there, wh"
     alone = ids_of(prompt, tokenizer)
-    assert whole[: len(alone)] != alone, "the tokenizer must merge across the boundary for this test to mean anything"
+    merged = [ids_of(prompt + text, tokenizer)[: len(alone)] != alone for text in (chosen, rejected)]
+    assert sum(merged) == 1, "the tokenizer must merge across one of the boundaries for this test to mean anything"
     tokens = pairs([Pair(prompt, chosen, rejected)], tokenizer)
     row = tokens[0]
     assert tokens.counts.boundary_moved == 1
