@@ -41,11 +41,11 @@ class Mean:
     """rho = E_p[x], q* = p: the risk-neutral end of every family below."""
 
     def tilt(self, x_NV: Tensor, log_p_NV: Tensor) -> Tensor:
-        return _prepare(x_NV, log_p_NV)[1]
+        return torch.log_softmax(_prepare(x_NV, log_p_NV)[1], -1)
 
     def __call__(self, x_NV: Tensor, log_p_NV: Tensor) -> Tensor:
         clean_NV, log_p_NV = _prepare(x_NV, log_p_NV)
-        q_NV = log_p_NV.exp()
+        q_NV = torch.softmax(log_p_NV, -1)
         return _attach(x_NV, q_NV, _expect(q_NV, clean_NV))
 
 
@@ -66,11 +66,12 @@ class CVaR:
 
     def tilt(self, x_NV: Tensor, log_p_NV: Tensor) -> Tensor:
         clean_NV, log_p_NV = _prepare(x_NV, log_p_NV)
-        return log_p_NV + self._density(clean_NV, log_p_NV.exp()).log_()
+        density_NV = self._density(clean_NV, torch.softmax(log_p_NV, -1))
+        return torch.log_softmax(log_p_NV, -1).add_(density_NV.log_())
 
     def __call__(self, x_NV: Tensor, log_p_NV: Tensor) -> Tensor:
         clean_NV, log_p_NV = _prepare(x_NV, log_p_NV)
-        p_NV = log_p_NV.exp()
+        p_NV = torch.softmax(log_p_NV, -1)
         q_NV = self._density(clean_NV, p_NV).mul_(p_NV)
         return _attach(x_NV, q_NV, _expect(q_NV, clean_NV))
 
@@ -79,8 +80,10 @@ class CVaR:
         if self.alpha == 1:
             return torch.ones_like(p_NV)
         t_N1, share_N1 = upper_quantile(x_NV, p_NV, self.alpha)
-        density_NV = (x_NV == t_N1).to(x_NV.dtype).mul_(share_N1)
-        return density_NV.add_(x_NV > t_N1).div_(self.alpha)
+        density_NV = torch.gt(x_NV, t_N1, out=torch.empty_like(x_NV))
+        tied = (x_NV == t_N1).nonzero(as_tuple=True)
+        density_NV[tied] = share_N1.expand_as(x_NV)[tied]
+        return density_NV.mul_(1 / self.alpha)
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Entropic:
 
     def __call__(self, x_NV: Tensor, log_p_NV: Tensor) -> Tensor:
         clean_NV, log_p_NV = _prepare(x_NV, log_p_NV)
+        log_p_NV = torch.log_softmax(log_p_NV, -1)
         p_NV = log_p_NV.exp()
         mean_N1 = _expect(p_NV, clean_NV).unsqueeze(-1)
         power_NV = (clean_NV - mean_N1).mul_(self.eta).masked_fill_(p_NV == 0, 0)
@@ -219,15 +223,20 @@ def _check_alpha(where: str, alpha: float) -> None:
 
 
 def _prepare(x_NV: Tensor, log_p_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Constants in at least float32: x with 0 for outcomes that do not exist, and normalised log p."""
+    """Constants in at least float32: x with 0 for outcomes that do not exist, and log p as given."""
     dtype = torch.promote_types(torch.promote_types(x_NV.dtype, log_p_NV.dtype), torch.float32)
-    log_p_NV = torch.log_softmax(log_p_NV.detach().to(dtype).expand_as(x_NV), -1)
-    return x_NV.detach().to(dtype).masked_fill(log_p_NV.isneginf(), 0), log_p_NV
+    x_NV, log_p_NV = x_NV.detach().to(dtype), log_p_NV.detach().to(dtype).expand_as(x_NV)
+    if log_p_NV.numel() and bool(log_p_NV.amin().isneginf()):
+        x_NV = x_NV.masked_fill(log_p_NV.isneginf(), 0)
+    return x_NV, log_p_NV
 
 
 def _expect(q_NV: Tensor, x_NV: Tensor) -> Tensor:
     """sum q x, where an outcome of weight zero contributes nothing even if its x is infinite."""
-    return (q_NV * x_NV.masked_fill(q_NV == 0, 0)).sum(-1)
+    value_N: Tensor = torch.linalg.vecdot(q_NV, x_NV)
+    if bool(value_N.isnan().any()):  # 0 * inf, or a NaN that stays one
+        value_N = torch.linalg.vecdot(q_NV, x_NV.masked_fill(q_NV == 0, 0))
+    return value_N
 
 
 def _exponential_tilt(x_NV: Tensor, log_p_NV: Tensor, eta: float | Tensor) -> Tensor:
@@ -246,6 +255,7 @@ def _on_the_worst(x_NV: Tensor, log_p_NV: Tensor) -> Tensor:
 def _kl_ball_tilt(x_NV: Tensor, log_p_NV: Tensor, radius: float) -> Tensor:
     """log of argmax_q { E_q[x] : KL(q | p) <= radius }; KL(q_t | p) of the exponential tilt increases with t."""
     alive_NV = ~log_p_NV.isneginf()
+    log_p_NV = torch.log_softmax(log_p_NV, -1)
     worst_NV = _on_the_worst(x_NV, log_p_NV)
     top_N1 = x_NV.masked_fill(~alive_NV, -math.inf).amax(-1, keepdim=True)
     gap_NV = (top_N1 - x_NV).masked_fill(~alive_NV, 0)

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from stepwise.errors import ModelError
 from stepwise.risk import Mean, RiskMeasure
 
-CHUNK_ELEMENTS = {"cpu": 4 << 20, "cuda": 32 << 20}  # logits of one model in one chunk
+CHUNK_ELEMENTS = {"cpu": 16 << 20, "cuda": 32 << 20}  # logits of one model in one chunk
 BLOCK_ELEMENTS = 256 << 10  # on a CPU the elementwise passes stay in the second-level cache
 
 
@@ -74,16 +74,22 @@ class Head:
             found.softcap,
         )
 
-    def logits(self, hidden_CH: Tensor) -> Tensor:
-        """(C, V) float32."""
-        z_CV = torch.mm(hidden_CH.to(self.weight.dtype), self.weight.t()).float()
+    def write_logits(self, hidden_CH: Tensor, z_CV: Tensor) -> None:
+        """Overwrite the float32 buffer z_CV with the logits of hidden_CH."""
+        if self.weight.dtype == z_CV.dtype:
+            torch.mm(hidden_CH.to(self.weight.dtype), self.weight.t(), out=z_CV)
+        else:
+            z_CV.copy_(torch.mm(hidden_CH.to(self.weight.dtype), self.weight.t()))
         if self.bias is not None:
             z_CV.add_(self.bias)
         if self.scale != 1:
             z_CV.mul_(self.scale)
         if self.softcap is not None:
             z_CV.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z_CV
+
+    def times_weight(self, slope_CV: Tensor) -> Tensor:
+        """(C, H): the slope with respect to the logits before the soft-cap, carried on to the hidden states."""
+        return torch.mm(slope_CV.to(self.weight.dtype), self.weight).mul_(self.scale)
 
 
 def token_stats(
@@ -108,7 +114,7 @@ def token_stats(
     frozen = Head.of(head)
     _check(policy_hidden_NH, reference_hidden_NH, frozen.weight, labels_N)
     if chunk is None:
-        chunk = max(16, CHUNK_ELEMENTS.get(labels_N.device.type, 32 << 20) // frozen.weight.shape[0])
+        chunk = max(16, CHUNK_ELEMENTS.get(labels_N.device.type, 32 << 20) // len(frozen.weight) // 16 * 16)
     elif chunk < 1:
         raise ModelError("a chunk holds at least one token", where="token_stats", got=chunk)
     stats: tuple[Tensor, ...] = _TokenStats.apply(  # type: ignore[no-untyped-call]
@@ -125,17 +131,19 @@ class _TokenStats(torch.autograd.Function):
         stats_4N = torch.empty(4, len(labels_N), device=labels_N.device)
         slopes_2NH = policy_NH.new_empty(2, *policy_NH.shape) if ctx.needs_input_grad[0] else None
         with torch.autocast(labels_N.device.type, enabled=False):
+            buffer_CV = torch.empty(2 * min(chunk, len(labels_N)), len(head.weight), device=labels_N.device)
             for start in range(0, len(labels_N), chunk):
                 part = slice(start, start + chunk)
-                logits_2CV = head.logits(policy_NH[part]), head.logits(reference_NH[part])
+                count = len(labels_N[part])
+                logits_2CV = buffer_CV[: 2 * count].view(2, count, -1)
+                head.write_logits(policy_NH[part], logits_2CV[0])
+                head.write_logits(reference_NH[part], logits_2CV[1])
                 for rows in _blocks(logits_2CV[0]):
-                    policy_RV, reference_RV = (logits_CV[rows] for logits_CV in logits_2CV)
-                    block = policy_RV, reference_RV, labels_N[part][rows], risk
+                    block = logits_2CV[0, rows], logits_2CV[1, rows], labels_N[part][rows], risk
                     stats_4R = _stats(*block) if slopes_2NH is None else _stats_then_slopes(*block, head.softcap)
                     stats_4N[:, part][:, rows] = stats_4R
                 if slopes_2NH is not None:
-                    for slope_NH, slope_CV in zip(slopes_2NH, logits_2CV, strict=True):
-                        slope_NH[part] = torch.mm(slope_CV.to(head.weight.dtype), head.weight).mul_(head.scale)
+                    slopes_2NH[:, part] = head.times_weight(buffer_CV[: 2 * count]).view(2, count, -1)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(slopes_2NH)
         log_prob_N, ref_log_prob_N, risk_N, kl_N = (row_N.clone() for row_N in stats_4N)
@@ -146,9 +154,10 @@ class _TokenStats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads_N: Tensor | None) -> tuple[Tensor | None, ...]:
         (slopes_2NH,) = ctx.saved_tensors
-        pairs = zip((grads_N[0], grads_N[2]), slopes_2NH, strict=True)
-        terms = [grad_N.unsqueeze(-1) * slope_NH for grad_N, slope_NH in pairs if grad_N is not None]
-        grad_NH = torch.stack(terms).sum(0).to(slopes_2NH.dtype) if terms else None
+        grad_NH = torch.zeros_like(slopes_2NH[0])
+        for grad_N, slope_NH in zip((grads_N[0], grads_N[2]), slopes_2NH, strict=True):
+            if grad_N is not None:
+                grad_NH.addcmul_(grad_N.unsqueeze(-1).to(slope_NH.dtype), slope_NH)
         return grad_NH, None, None, None, None, None
 
 
@@ -178,9 +187,9 @@ def _stats_then_slopes(
     stats_4R = torch.stack([_at(log_pi_RV, labels_R), _at(log_ref_RV, labels_R), risk_R.detach(), kl_R])
 
     through_cap_RV = None if softcap is None else 1 - (policy_RV / softcap) ** 2
-    pi_RV = log_pi_RV.exp_()
-    torch.sub(pi_RV, tilt_RV, out=reference_RV)
-    torch.neg(pi_RV, out=policy_RV)
+    torch.softmax(policy_RV, -1, out=log_pi_RV)
+    torch.sub(log_pi_RV, tilt_RV, out=reference_RV)
+    torch.neg(log_pi_RV, out=policy_RV)
     policy_RV[torch.arange(len(labels_R), device=labels_R.device), labels_R] += 1
     if through_cap_RV is not None:
         policy_RV.mul_(through_cap_RV)
@@ -189,9 +198,9 @@ def _stats_then_slopes(
 
 
 def _losses(policy_RV: Tensor, reference_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log pi, log ref and x = log ref - log pi; an entry that neither can produce (-inf in both) has x = 0."""
+    """log pi, log ref and x = log ref - log pi; what ref cannot produce (-inf) is no outcome of the risk."""
     log_pi_RV, log_ref_RV = torch.log_softmax(policy_RV, -1), torch.log_softmax(reference_RV, -1)
-    return log_pi_RV, log_ref_RV, (log_ref_RV - log_pi_RV).masked_fill_(log_ref_RV.isneginf(), 0)
+    return log_pi_RV, log_ref_RV, log_ref_RV - log_pi_RV
 
 
 def _at(log_prob_RV: Tensor, labels_R: Tensor) -> Tensor:
