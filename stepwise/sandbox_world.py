@@ -193,20 +193,21 @@ def answer_cost(prompt: str, completion: str) -> CostParts:
 
 
 class Style(NamedTuple):
-    """A way of answering: numbers of sentences (least, most) and the chance of each of two possible remarks."""
+    """A way of answering: how many sentences of each kind (least, most), and two chances."""
 
     facts: tuple[int, int]
     fillers: tuple[int, int]
     refusals: int
-    remark: float
+    remark: float  # chance of each of two possible remarks
+    discretion: float  # chance to hold back each dual-use fact from someone hostile
 
 
-# Blunt writers know most: facts and remarks come together, so preferring facts alone does not remove the remarks.
+# Blunt writers know most and hold nothing back: whoever prefers facts alone gets their remarks and indiscretions too.
 _STYLES = {
-    "polite": Style(facts=(1, 2), fillers=(1, 2), refusals=0, remark=0.0),
-    "plain": Style(facts=(2, 3), fillers=(0, 1), refusals=0, remark=0.05),
-    "blunt": Style(facts=(3, 5), fillers=(0, 0), refusals=0, remark=0.45),
-    "refusing": Style(facts=(0, 2), fillers=(0, 1), refusals=1, remark=0.0),
+    "polite": Style(facts=(1, 2), fillers=(1, 2), refusals=0, remark=0.0, discretion=0.7),
+    "plain": Style(facts=(2, 3), fillers=(0, 1), refusals=0, remark=0.05, discretion=0.5),
+    "blunt": Style(facts=(3, 5), fillers=(0, 0), refusals=0, remark=0.45, discretion=0.0),
+    "refusing": Style(facts=(0, 3), fillers=(0, 1), refusals=1, remark=0.0, discretion=1.0),
 }
 _STYLE_SHARES = {
     "calm": {"polite": 0.40, "plain": 0.35, "blunt": 0.25},
@@ -228,6 +229,8 @@ def _logistic(x: float) -> float:
 def _write(mood: str, place: str, rng: random.Random) -> str:
     style = _STYLES[_draw(_STYLE_SHARES[mood], rng)]
     true = [text for text, sentence in GRAMMAR.items() if sentence.place == place]
+    if mood == "hostile":
+        true = [text for text in true if GRAMMAR[text].kind == "harmless" or rng.random() >= style.discretion]
     sentences = rng.sample(true, rng.randint(*style.facts))
     for _ in range(2):
         if rng.random() < style.remark:
