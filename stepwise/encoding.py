@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from stepwise.errors import ConfigError, DataError
-from stepwise.formats import Example, Messages, Pair, Prompt, Text, as_messages
+from stepwise.formats import Answer, Example, Messages, Pair, Prompt, Text, as_messages
 from stepwise.tokens import Tokens, TokensWriter
 
 if TYPE_CHECKING:
@@ -63,20 +63,21 @@ def tokenize_texts(
     max_length: int,
     eos_id: int | None = None,
 ) -> Tokens:
-    """Rows for supervised learning as `prompt_ids`, `response_ids`: of a pair its prompt and chosen response.
+    """Rows for supervised learning as `prompt_ids`, `response_ids`; of a pair the chosen response.
 
     A text has no prompt: its `prompt_ids` are BOS, or empty where the tokenizer uses none, and `template` does not
     touch it. Otherwise as `tokenize_pairs`; a prompt that leaves no room for a response is dropped, never cut.
     """
-    pairs = [row for row in _expected(rows, Pair, Text) if isinstance(row, Pair)]
-    prompts = [pair.prompt for pair in pairs]
+    answers = [row for row in _expected(rows, Answer, Pair, Text) if isinstance(row, Answer | Pair)]
+    prompts = [row.prompt for row in answers]
+    responses = [row.chosen if isinstance(row, Pair) else row.response for row in answers]
     encoder = _Encoder.of(tokenizer, template, prompts)
     writer = TokensWriter("prompt_ids", "response_ids")
     fitter = _Fitter(encoder, writer, _end(tokenizer, eos_id), max_length, max_length)
     texts = encoder.plain([row.text for row in rows if isinstance(row, Text)])
-    alone, chosen = encoder.encode(prompts), encoder.encode(prompts, [pair.chosen for pair in pairs])
+    alone, answered = encoder.encode(prompts), encoder.encode(prompts, responses)
     for index, row in enumerate(rows):
-        prompt, full = ([], next(texts)) if isinstance(row, Text) else (next(alone), next(chosen))
+        prompt, full = ([], next(texts)) if isinstance(row, Text) else (next(alone), next(answered))
         fitter.add(index, row.columns, prompt, full)
     return fitter.tokens()
 

@@ -26,6 +26,15 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """A prompt with a response to learn from."""
+
+    prompt: str | Messages
+    response: str
+    columns: Columns = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
     """A text without a prompt."""
 
@@ -41,7 +50,7 @@ class Prompt:
     columns: Columns = field(default_factory=dict)
 
 
-Example = Pair | Text | Prompt
+Example = Pair | Answer | Text | Prompt
 
 
 def convert(row: Any, form: str, *, columns: Mapping[str, str], label: str | None) -> Example:
@@ -109,6 +118,10 @@ def _hh_rlhf(row: Columns, label: str | None) -> Pair:
     return _pair(before, chosen, rejected, _others(row, "chosen", "rejected"))
 
 
+def _completion(row: Columns, label: str | None) -> Answer:
+    return Answer(_prompt(row), _text(row, "completion"), _others(row, "prompt", "completion"))
+
+
 def _plain_text(row: Columns, label: str | None) -> Text:
     return Text(_text(row, "text"), _others(row, "text"))
 
@@ -121,6 +134,7 @@ FORMATS: Mapping[str, Callable[[Columns, str | None], Example]] = {
     "preference": _preference,
     "pku-safe-rlhf": _pku_safe_rlhf,
     "hh-rlhf": _hh_rlhf,
+    "completion": _completion,
     "text": _plain_text,
     "prompts": _prompts,
 }

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from stepwise.errors import DataError
 from stepwise.policy import Policy
 from stepwise.sampling import Decoding, Prompts, sample
 from stepwise.scoring import Scorer, score
+from stepwise.tokens import Tokens, TokensWriter
 
 
 class ScoredPair(NamedTuple):
@@ -74,3 +78,21 @@ def sample_pairs(
             wanted="more samples, a higher temperature, more new tokens or a smaller margin",
         )
     return pairs
+
+
+_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+def write_pairs(pairs: Sequence[ScoredPair], path: Path) -> None:
+    """One object per line: a `preference` dataset that also holds the sampled ids and the scores."""
+    path.write_text("".join(json.dumps(pair._asdict()) + "\n" for pair in pairs))
+
+
+def read_pairs(path: Path) -> Tokens:
+    """The sampled ids of written pairs, ready for training."""
+    writer = TokensWriter(*_IDS)
+    for index, line in enumerate(path.read_text().splitlines()):
+        row = json.loads(line)
+        writer.add(index, {}, *(row[field] for field in _IDS))
+        writer.counts.rows += 1
+    return writer.tokens()

@@ -160,7 +160,8 @@ class StepwiseTrainer(Trainer):
             )
         self.meter.add(outcome.metrics)
         assert num_items_in_batch is not None
-        return outcome.loss * self.accelerator.num_processes / num_items_in_batch
+        loss: Tensor = outcome.loss * self.accelerator.num_processes / num_items_in_batch
+        return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
@@ -324,7 +325,7 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
         raise ConfigError(
             "The batch cannot be split evenly",
             where="training.batch_size",
-            got=f"{training.batch_size} for {passes // training.micro_batch} processes with {training.micro_batch} each",
+            got=f"{training.batch_size} over {passes} at once ({training.micro_batch} per process)",
             wanted=f"a multiple of {passes}",
         )
     return TrainingArguments(

@@ -145,7 +145,7 @@ def test_a_reward_function_that_takes_completions_only_moves_over_unchanged() ->
     def accuracy(completions: list[str], answer: list[str], **kwargs: Any) -> list[float]:
         return [1.0 if completion == right else 0.0 for completion, right in zip(completions, answer, strict=True)]
 
-    assert score(accuracy, ["1+1", "2+2"], ["2", "5"], name="accuracy", answer=["2", "4"]) == [1.0, 0.0]  # type: ignore[arg-type]
+    assert score(accuracy, ["1+1", "2+2"], ["2", "5"], name="accuracy", columns={"answer": ["2", "4"]}) == [1.0, 0.0]  # type: ignore[arg-type]
 
 
 def test_async_scorers_run_with_and_without_a_running_loop() -> None:
@@ -170,7 +170,7 @@ def test_batches_see_every_row_once_with_its_own_columns(completions: list[str],
         return [float(row) for row in columns["row"]]
 
     rows = list(range(len(completions)))
-    values = score(indexed, [str(row) for row in rows], completions, name="i", batch_size=batch_size, row=rows)
+    values = score(indexed, [str(row) for row in rows], completions, name="i", batch_size=batch_size, columns={"row": rows})
     assert values == rows
     assert sum(sizes) == len(rows)
     assert all(0 < size <= batch_size for size in sizes)
@@ -229,6 +229,6 @@ def test_columns_and_batch_size_are_checked_before_the_call() -> None:
     with pytest.raises(ScoreError, match="'completions'"):
         score(lengths, ["p"] * 2, ["c"], name="j")
     with pytest.raises(ScoreError, match="'answer'"):
-        score(lengths, ["p"] * 2, ["c"] * 2, name="j", answer=["a"])
+        score(lengths, ["p"] * 2, ["c"] * 2, name="j", columns={"answer": ["a"]})
     with pytest.raises(ScoreError, match="batch size"):
         score(lengths, ["p"], ["c"], name="j", batch_size=0)

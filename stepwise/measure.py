@@ -1,0 +1,63 @@
+"""Sample every policy of a run on held-out prompts, score, and say how helpfulness and the tail of the harm changed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from stepwise import checkpoint
+from stepwise.evaluation import Estimate, Samples, render, summarise
+from stepwise.rollout import rollout
+from stepwise.sampling import Decoding, Prompts
+from stepwise.scoring import resolve
+from stepwise.workspace import Workspace
+
+
+def evaluate(run: Workspace) -> list[Estimate]:
+    """Sample every policy of the recipe on the held-out prompts, score, print and save the table."""
+    part = run.recipe.evaluate
+    assert part is not None
+    loaded = run.load(part.data)
+    prompts = run.prompts(loaded, max_prompt_length=run.recipe.training.max_prompt_length)
+    strata = [str(v) for v in prompts.columns[part.strata]] if part.strata else ["every prompt"] * len(prompts.ids)
+    names = list(run.recipe.stages)
+    anchor = names[: 1 + max((i for i, n in enumerate(names) if run.recipe.stages[n].method == "sft"), default=-1)]
+    found = []
+    for name in part.policies or ("base", *names):
+        run.display.say(f"evaluating {name}")
+        stack = [] if name == "base" else names[: names.index(name) + 1]
+        samples = rollout(
+            run.policy,
+            prompts,
+            Decoding(part.max_new_tokens, part.temperature, batch_size=part.batch_size, seed=run.recipe.seed),
+            name=name,
+            stack=stack,
+            anchor=anchor,
+            rewards={key: resolve(target) for key, target in part.rewards.items()},
+            costs={key: resolve(target) for key, target in part.costs.items()},
+            stratum=strata,
+            samples=part.samples,
+        )
+        _save_samples(run.folder.path / "samples" / f"{name}.parquet", samples, prompts)
+        found.append(samples)
+    estimates = summarise(
+        found,
+        tail=part.tail,
+        violation=part.violation,
+        bootstrap=part.bootstrap,
+        confidence=part.confidence,
+        seed=run.recipe.seed,
+    )
+    checkpoint.write_text(run.folder.path / "metrics.json", json.dumps([asdict(e) for e in estimates], indent=1))
+    run.display.console.print(render(estimates))
+    return estimates
+
+
+def _save_samples(path: Path, samples: Samples, prompts: Prompts) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = {"prompt": [prompts.texts[int(i)] for i in samples.prompt_id], **samples.columns()}
+    pyarrow.parquet.write_table(pyarrow.table({name: list(column) for name, column in table.items()}), path)

@@ -1,0 +1,96 @@
+"""What the stages of a run share: its recipe, folder and display, the policy, and rows that were read and tokenised
+once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from stepwise import sandbox
+from stepwise.data import Loaded, Source, load
+from stepwise.display import Display
+from stepwise.encoding import tokenize_prompts
+from stepwise.formats import Pair, Prompt
+from stepwise.policy import Policy
+from stepwise.recipe import Recipe
+from stepwise.recipe_parts import Data
+from stepwise.run_folder import RunFolder
+from stepwise.sampling import Prompts
+from stepwise.tokens import Tokens, cached, tokens_key
+
+
+class Workspace:
+    """One recipe at work in its folder: what the stages share."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, display: Display) -> None:
+        self.recipe, self.folder, self.display = recipe, folder, display
+        self.main = PartialState().is_main_process
+        self.policy = Policy.load(
+            str(self.sandbox.base) if recipe.model.base == "sandbox" else recipe.model.base,
+            quantization=recipe.model.quantization,
+            dtype=getattr(torch, recipe.model.dtype),
+            attention=recipe.model.attention,
+            revision=recipe.model.revision,
+            activation_checkpointing=recipe.model.activation_checkpointing,
+        )
+
+    @property
+    def sandbox(self) -> sandbox.Sandbox:
+        """The built sandbox; built on first use."""
+        part = self.recipe.sandbox
+        assert part is not None
+        with PartialState().main_process_first():
+            return sandbox.build(
+                self.folder.path / "sandbox",
+                seed=part.seed,
+                pairs=part.pairs,
+                sft=part.sft,
+                prompts=part.prompts,
+                pretrain_steps=part.pretrain_steps,
+            )
+
+    def load(self, data: Data) -> Loaded:
+        """The rows of a recipe's `data:`."""
+        path = str(getattr(self.sandbox, data.path.removeprefix("sandbox:"))) if data.is_sandbox else data.path
+        loaded = load(
+            Source(
+                path=path,
+                format=data.format,
+                split=data.split,
+                config=data.config,
+                label=data.label,
+                columns=dict(data.columns),
+                limit=data.limit,
+                on_bad_row=data.on_bad_row,
+            )
+        )
+        if loaded.report.bad:
+            self.display.warn(f"{data.path}: {loaded.report}")
+        return loaded
+
+    def tokens(self, tokenize: Callable[..., Tokens], loaded: Loaded, **settings: Any) -> Tokens:
+        """Tokenise once; a second run reads what the first kept."""
+        settings = {"template": self.recipe.model.template, **settings}
+        key = tokens_key(loaded.fingerprint, self.policy.tokenizer, call=tokenize.__name__, **settings)
+        with PartialState().main_process_first():
+            tokens = cached(
+                self.folder.path / "cache", key, lambda: tokenize(loaded.rows, self.policy.tokenizer, **settings)
+            )
+        self.display.say(f"  {tokens.counts}")
+        return tokens
+
+    def prompts(self, loaded: Loaded, *, max_prompt_length: int) -> Prompts:
+        """Rows of format prompts, tokenised."""
+        return as_prompts(loaded, self.tokens(tokenize_prompts, loaded, max_prompt_length=max_prompt_length))
+
+
+def as_prompts(loaded: Loaded, tokens: Tokens) -> Prompts:
+    """Tokenised prompts with their texts (a conversation as JSON) and the columns that any of their rows has."""
+    rows = [row for row in (loaded.rows[i] for i in tokens.index) if isinstance(row, Prompt | Pair)]
+    texts = [row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt) for row in rows]
+    names = sorted({name for row in rows for name in row.columns})
+    return Prompts(texts, tokens.field("prompt_ids"), {n: [row.columns.get(n) for row in rows] for n in names})
