@@ -72,6 +72,8 @@ __all__ = [
     "shipped",
 ]
 
+MAX_TOLD = 50  # broken rules that an error spells out
+
 StageLoraKey = Annotated[StageLora | None, Field(description="keys of lora that differ in this stage")]
 StageTrainingKey = Annotated[StageTraining | None, Field(description="keys of training that differ in this stage")]
 
@@ -328,12 +330,15 @@ def load(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def problems(tree: recipe_file.Tree) -> list[ConfigError]:
-    """Every rule of the schema that a recipe breaks."""
+    """Every rule of the schema that a recipe breaks; of very many, the first ones and a count."""
     try:
         Recipe.model_validate(tree.value)
     except ValidationError as error:
-        found = recipe_schema.explain(error.errors(include_url=False), tree.value, json_schema())
-        return [recipe_file.located(tree, problem) for problem in found]
+        # A default that needs another key is not made while that key is wrong: no error of its own.
+        broken = [e for e in error.errors(include_url=False) if e["type"] != "default_factory_not_called"]
+        found = recipe_schema.explain(broken[:MAX_TOLD], tree.value, json_schema())
+        told = [recipe_file.located(tree, problem) for problem in found]
+        return [*told, ConfigError(f"{len(broken) - MAX_TOLD} more")] if len(broken) > MAX_TOLD else told
     return []
 
 

@@ -19,7 +19,7 @@ from ruamel.yaml import events as yaml_events
 from ruamel.yaml.error import MarkedYAMLError
 
 from stepwise.errors import ConfigError
-from stepwise.recipe_schema import Key, Problem, one_of
+from stepwise.recipe_schema import Key, Problem, one_of, short
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 20
@@ -215,7 +215,7 @@ class _Reader:
                 break
             key = self._node(event, at) if isinstance(event, yaml_events.ScalarEvent) else event
             if not isinstance(key, str):
-                got = "a list or mapping" if key is event else repr(key)
+                got = "a list or mapping" if key is event else short(key)
                 raise self._error(event, "a key is not a word", got, "a word, in quotes if it looks like a number")
             if key in values:
                 raise self._error(event, "a key occurs twice", repr(key), "every key once")
@@ -268,7 +268,7 @@ def _plain(text: str) -> object:
 
 def _kind(value: object) -> str:
     kinds = {type(None): "nothing", dict: "a mapping", list: "a list"}
-    return kinds.get(type(value)) or f"{type(value).__name__} {_short(repr(value))}"
+    return kinds.get(type(value)) or _short(repr(value))
 
 
 def _short(text: str) -> str:

@@ -72,9 +72,8 @@ def explain(errors: Sequence[Any], value: object, root: Schema) -> list[Problem]
     """Errors of pydantic about `value`, each once, in the words of the schema `root`."""
     problems: dict[Key, Problem] = {}
     for error in errors:
-        if error["type"] != "default_factory_not_called":  # a consequence of another error
-            for problem in _problems(error, value, root):
-                problems.setdefault(problem.key, problem)
+        for problem in _problems(error, value, root):
+            problems.setdefault(problem.key, problem)
     return list(problems.values())
 
 

@@ -378,6 +378,12 @@ def test_all_errors_come_at_once_with_place_and_wish(minimal: Path, tmp_path: Pa
     assert "Got: 'saef'. Wanted: safe?" in told
 
 
+def test_of_very_many_errors_the_first_are_told_and_the_rest_counted(tmp_path: Path) -> None:
+    told = refused(write(tmp_path, "name: a\n" + "".join(f"key_{i}: 1\n" for i in range(4000))))
+    assert len(told) < 20_000
+    assert "3952 more" in told  # 4000 unknown keys, and model and stages are missing
+
+
 @pytest.mark.parametrize("name", ["", "quikstart", "/nowhere/recipe.yaml", "./", "a\0.yaml", "x" * 5000 + ".yaml"])
 def test_a_recipe_that_cannot_be_found_is_one_error(name: str) -> None:
     told = refused(name)
