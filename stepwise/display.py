@@ -26,7 +26,9 @@ class Display:
     process."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=quiet, highlight=False)
+        if not self.console.is_terminal:  # a file has no width of its own
+            self.console.width = 140
 
     def say(self, text: str) -> None:
         """One line about what happens now."""

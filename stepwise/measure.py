@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from stepwise import checkpoint
-from stepwise.evaluation import Estimate, Samples, render, summarise
+from stepwise.evaluation import ALL, Estimate, Samples, compare, render, summarise
 from stepwise.rollout import rollout
 from stepwise.sampling import Decoding, Prompts
 from stepwise.scoring import resolve
 from stepwise.workspace import Workspace
+
+_SCORES = ("rewards/", "cost/", "length")
 
 
 def evaluate(run: Workspace) -> list[Estimate]:
@@ -41,16 +45,15 @@ def evaluate(run: Workspace) -> list[Estimate]:
         )
         _save_samples(run.folder.path / "samples" / f"{name}.parquet", samples, prompts)
         found.append(samples)
-    estimates = summarise(
-        found,
-        tail=part.tail,
-        violation=part.violation,
-        bootstrap=part.bootstrap,
-        confidence=part.confidence,
-        seed=run.recipe.seed,
-    )
-    checkpoint.write_text(run.folder.path / "metrics.json", json.dumps([asdict(e) for e in estimates], indent=1))
+    options: dict[str, Any] = {"tail": part.tail, "violation": part.violation, "bootstrap": part.bootstrap}
+    options |= {"confidence": part.confidence, "seed": run.recipe.seed}
+    estimates = summarise(found, **options)
+    changes = [change for before, after in pairwise(found) for change in compare(after, before, **options)]
+    text = json.dumps([asdict(e) for e in (*estimates, *changes)], indent=1, allow_nan=False)
+    checkpoint.write_text(run.folder.path / "metrics.json", text)
     run.display.console.print(render(estimates))
+    shown = [c for c in changes if c.kind == "relative" and c.stratum == ALL and c.metric.startswith(_SCORES)]
+    run.display.console.print(render(shown, title="change from policy to policy"))
     return estimates
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from stepwise.collate import text_batch
 from stepwise.policy import Policy
-from stepwise.response_stats import response_stats
 from stepwise.risk import Mean
+from stepwise.token_stats import token_stats
 from stepwise.train import Batch, Outcome
 
 
@@ -26,9 +26,11 @@ class Supervised(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Outcome:
         """Batches are those of `batches`; the loss is a sum over tokens, the metrics are per token."""
-        stats = response_stats(self.policy, input_ids, attention_mask, labels, risk=Mean()).tokens
-        nll_N = -stats.log_prob
-        return Outcome(nll_N.sum(), {"loss": nll_N, "kl": stats.kl})
+        labels_BT = labels[:, 1:]
+        keep = labels_BT != -100
+        hidden_NH = self.policy.hidden(input_ids, attention_mask)[:, :-1][keep]
+        nll_N = -token_stats(hidden_NH, hidden_NH, self.policy.head, labels_BT[keep], risk=Mean()).log_prob
+        return Outcome(nll_N.sum(), {"loss": nll_N})
 
 
 def batches(pad_id: int) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
