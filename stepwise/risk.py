@@ -83,7 +83,7 @@ class CVaR:
         density_NV = torch.gt(x_NV, t_N1, out=torch.empty_like(x_NV))
         tied = (x_NV == t_N1).nonzero(as_tuple=True)
         density_NV[tied] = share_N1.expand_as(x_NV)[tied]
-        return density_NV.mul_(1 / self.alpha)
+        return density_NV.mul_(torch.where(share_N1.isnan(), share_N1, 1 / self.alpha))  # a NaN in x stays visible
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,8 @@ def token_stats(
         chunk = max(16, CHUNK_ELEMENTS.get(labels_N.device.type, 32 << 20) // len(frozen.weight) // 16 * 16)
     elif chunk < 1:
         raise ModelError("a chunk holds at least one token", where="token_stats", got=chunk)
+    if not torch.is_grad_enabled():  # a Function's needs_input_grad does not look at the grad mode
+        policy_hidden_NH = policy_hidden_NH.detach()
     stats: tuple[Tensor, ...] = _TokenStats.apply(  # type: ignore[no-untyped-call]
         policy_hidden_NH, reference_hidden_NH.detach(), labels_N, frozen, risk, chunk
     )

@@ -63,9 +63,9 @@ def evar(x_V: Array, p_V: Array, alpha: float) -> float:
     if alpha == 1:
         return mean(x, p)
     objective = lambda log_t: entropic(x, p, np.exp(log_t)) - np.log(alpha) / np.exp(log_t)  # noqa: E731
-    grid = np.linspace(-12, 12, 241)
+    grid = np.linspace(-12, 12, 49)
     best = grid[int(np.argmin([objective(u) for u in grid]))]
-    found = minimize_scalar(objective, bounds=(best - 0.2, best + 0.2), method="bounded", options={"xatol": 1e-12})
+    found = minimize_scalar(objective, bounds=(best - 0.5, best + 0.5), method="bounded", options={"xatol": 1e-12})
     return float(min(found.fun, x.max()))
 
 
