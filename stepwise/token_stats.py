@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from stepwise.errors import ModelError
 from stepwise.risk import Mean, RiskMeasure
 
-CHUNK_ELEMENTS = {"cpu": 16 << 20, "cuda": 32 << 20}  # logits of one model in one chunk
+CHUNK_ELEMENTS = {"cpu": 12 << 20, "cuda": 32 << 20}  # logits of one model in one chunk
 BLOCK_ELEMENTS = 256 << 10  # on a CPU the elementwise passes stay in the second-level cache
 
 
@@ -88,7 +88,7 @@ class Head:
             z_CV.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def times_weight(self, slope_CV: Tensor) -> Tensor:
-        """(C, H): the slope with respect to the logits before the soft-cap, carried on to the hidden states."""
+        """(C, H): a slope with respect to the logits before scaling, carried on to the hidden states."""
         return torch.mm(slope_CV.to(self.weight.dtype), self.weight).mul_(self.scale)
 
 
@@ -108,8 +108,8 @@ def token_stats(
 
     policy_hidden_NH, reference_hidden_NH: hidden states that predict the labels, packed (no padding); the reference
     is detached. labels_N: token ids. chunk: tokens whose logits exist at a time, chosen from V when None; it changes
-    memory, not the result. Equal hidden states give x = 0 exactly. Raises ModelError for shapes, devices or labels
-    that do not fit, and for a head that is quantised or expects a gradient.
+    memory, not the result. Equal hidden states give x = 0 exactly. Raises ModelError for shapes or labels that do
+    not fit, and for a head that is quantised or expects a gradient.
     """
     frozen = Head.of(head)
     _check(policy_hidden_NH, reference_hidden_NH, frozen.weight, labels_N)
@@ -120,7 +120,7 @@ def token_stats(
     if not torch.is_grad_enabled():  # a Function's needs_input_grad does not look at the grad mode
         policy_hidden_NH = policy_hidden_NH.detach()
     stats: tuple[Tensor, ...] = _TokenStats.apply(  # type: ignore[no-untyped-call]
-        policy_hidden_NH, reference_hidden_NH.detach(), labels_N, frozen, risk, chunk
+        policy_hidden_NH.contiguous(), reference_hidden_NH.detach().contiguous(), labels_N, frozen, risk, chunk
     )
     return TokenStats(*stats)
 
@@ -133,19 +133,22 @@ class _TokenStats(torch.autograd.Function):
         stats_4N = torch.empty(4, len(labels_N), device=labels_N.device)
         slopes_2NH = policy_NH.new_empty(2, *policy_NH.shape) if ctx.needs_input_grad[0] else None
         with torch.autocast(labels_N.device.type, enabled=False):
-            buffer_CV = torch.empty(2 * min(chunk, len(labels_N)), len(head.weight), device=labels_N.device)
+            # One call per model, the same shapes and alignment: equal hidden states give bitwise equal logits.
+            shape = min(chunk, len(labels_N)), len(head.weight)
+            policy_buffer_CV, reference_buffer_CV = (torch.empty(shape, device=labels_N.device) for _ in range(2))
             for start in range(0, len(labels_N), chunk):
                 part = slice(start, start + chunk)
-                count = len(labels_N[part])
-                logits_2CV = buffer_CV[: 2 * count].view(2, count, -1)
-                head.write_logits(policy_NH[part], logits_2CV[0])
-                head.write_logits(reference_NH[part], logits_2CV[1])
-                for rows in _blocks(logits_2CV[0]):
-                    block = logits_2CV[0, rows], logits_2CV[1, rows], labels_N[part][rows], risk
+                labels_C = labels_N[part]
+                policy_CV, reference_CV = policy_buffer_CV[: len(labels_C)], reference_buffer_CV[: len(labels_C)]
+                head.write_logits(policy_NH[part], policy_CV)
+                head.write_logits(reference_NH[part], reference_CV)
+                for rows in _blocks(policy_CV):
+                    block = policy_CV[rows], reference_CV[rows], labels_C[rows], risk
                     stats_4R = _stats(*block) if slopes_2NH is None else _stats_then_slopes(*block, head.softcap)
                     stats_4N[:, part][:, rows] = stats_4R
                 if slopes_2NH is not None:
-                    slopes_2NH[:, part] = head.times_weight(buffer_CV[: 2 * count]).view(2, count, -1)
+                    slopes_2NH[0, part] = head.times_weight(policy_CV)
+                    slopes_2NH[1, part] = head.times_weight(reference_CV)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(slopes_2NH)
         log_prob_N, ref_log_prob_N, risk_N, kl_N = (row_N.clone() for row_N in stats_4N)
