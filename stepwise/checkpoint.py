@@ -11,9 +11,10 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,8 +22,9 @@ from safetensors import SafetensorError
 from stepwise.errors import CheckpointError
 
 MANIFEST = "manifest.json"
-_STEP = "step-"
-_TEMPORARY = ".tmp-"
+_STEP = re.compile(r"step-(\d{8,})")
+_TEMPORARY = ".tmp-"  # half written, or half removed
+_ASIDE = ".old-"  # whole, while a new folder takes its name
 
 
 def commit(target: Path, fill: Callable[[Path], None]) -> Path:
@@ -32,27 +34,34 @@ def commit(target: Path, fill: Callable[[Path], None]) -> Path:
     survives.
     """
     temporary = target.with_name(f"{_TEMPORARY}{target.name}-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        fill(temporary)
-        sums = {str(p.relative_to(temporary)): _sha256(p) for p in _files(temporary)}
-        (temporary / MANIFEST).write_text(json.dumps({"folder": target.name, "sha256": sums}, indent=1))
-        for path in [*_files(temporary), *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
-            _sync(path)
-        if target.exists():
-            discard(target)
-        temporary.rename(target)
-        _sync(target.parent)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors report a full disk as their own
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"A checkpoint could not be written ({type(error).__name__}: {error}); earlier ones are untouched",
-            where=target,
-            wanted="a writable folder with enough free space",
-        ) from error
+    with writing(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove(temporary)
+            temporary.mkdir()
+            fill(temporary)
+            sums = {str(p.relative_to(temporary)): _sha256(p) for p in _files(temporary)}
+            (temporary / MANIFEST).write_text(json.dumps({"folder": target.name, "sha256": sums}, indent=1))
+            for path in [*_files(temporary), *(p for p in temporary.rglob("*") if p.is_dir()), temporary]:
+                _sync(path)
+            _put(temporary, target)
+        finally:
+            _remove(temporary)
     return target
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn what a full disk or a forbidden place raises within into one `CheckpointError`."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors report a full disk as their own
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"This could not be written ({type(error).__name__}: {reason}); what was there before is untouched",
+            where=target,
+            wanted="a writable place with enough free space",
+        ) from error
 
 
 def verify(folder: Path) -> None:
@@ -69,28 +78,39 @@ def verify(folder: Path) -> None:
     for file in sorted(present ^ set(sums)):
         raise CheckpointError(f"A file is {'foreign' if file in present else 'missing'}", where=folder / file)
     for file, expected in sums.items():
-        if _sha256(folder / file) != expected:
+        try:
+            found = _sha256(folder / file)
+        except OSError as error:
+            raise CheckpointError(f"A file cannot be read: {error.strerror}", where=folder / file) from error
+        if found != expected:
             raise CheckpointError("A file is damaged: its SHA-256 differs from the manifest", where=folder / file)
 
 
 def save_step(parent: Path, step: int, fill: Callable[[Path], None], *, keep: int) -> Path:
-    """Commit the checkpoint of one step and drop all but the newest `keep`."""
-    folder = commit(parent / f"{_STEP}{step:08d}", fill)
-    for old in steps(parent)[:-keep]:
-        discard(old)
+    """Commit the checkpoint of one step; drop all but the newest `keep` and any of a later step, which is void."""
+    folder = commit(parent / f"step-{step:08d}", fill)
+    found = steps(parent)
+    until = found.index(folder) + 1
+    with writing(parent):
+        for old in found[: max(0, until - keep)] + found[until:]:
+            _discard(old)
     return folder
 
 
 def steps(parent: Path) -> list[Path]:
     """Checkpoints of a folder, oldest first, whether good or damaged."""
-    return sorted(p for p in parent.glob(f"{_STEP}*") if p.is_dir())
+    numbers = {p: int(match[1]) for p in parent.glob("step-*") if (match := _STEP.fullmatch(p.name)) and p.is_dir()}
+    return sorted(numbers, key=numbers.__getitem__)
 
 
 def newest(parent: Path, *, warn: Callable[[str], None]) -> Path | None:
     """The newest checkpoint that verifies; None if there is none at all. Damaged ones are named through `warn`.
 
-    Raises `CheckpointError` when checkpoints exist and none is good: training never restarts at zero in silence.
+    Raises `CheckpointError` when checkpoints exist and none is good: training never restarts at zero in silence. Also
+    when `parent` cannot be a folder, which is better known before the first step than at the first save.
     """
+    with writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
     sweep(parent)
     found = steps(parent)
     for folder in reversed(found):
@@ -110,17 +130,16 @@ def newest(parent: Path, *, warn: Callable[[str], None]) -> Path | None:
     return None
 
 
-def discard(folder: Path) -> None:
-    """Remove a folder so that no half-removed rest can pass for a checkpoint."""
-    grave = folder.with_name(f"{_TEMPORARY}discarded-{folder.name}-{os.getpid()}")
-    folder.rename(grave)
-    shutil.rmtree(grave, ignore_errors=True)
-
-
 def sweep(parent: Path) -> None:
-    """Remove what killed processes left behind."""
+    """Remove what killed processes left behind, and give back its name to a folder that was being replaced."""
+    for aside in parent.glob(f"{_ASIDE}*"):
+        target = aside.with_name(aside.name.removeprefix(_ASIDE))
+        if target.exists():
+            _remove(aside)
+        else:
+            aside.rename(target)
     for stale in parent.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(stale, ignore_errors=True)
+        _remove(stale)
 
 
 @contextmanager
@@ -140,11 +159,49 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small text file, all or nothing."""
+    """Replace a small text file, all or nothing. Raises `CheckpointError` when it cannot be written."""
     temporary = path.with_name(f"{_TEMPORARY}{path.name}-{os.getpid()}")
-    temporary.write_text(text)
-    _sync(temporary)
-    temporary.replace(path)
+    with writing(path):
+        try:
+            temporary.write_text(text)
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            _remove(temporary)
+
+
+def _put(new: Path, target: Path) -> None:
+    """Rename into place; at every moment the earlier folder of that name is whole, there or aside, or the new one."""
+    aside = target.with_name(f"{_ASIDE}{target.name}")
+    if target.exists():
+        _remove(aside)
+        target.rename(aside)
+    try:
+        new.rename(target)
+    except OSError:
+        if aside.exists():
+            aside.rename(target)
+        raise
+    _sync(target.parent)
+    _remove(aside)
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder so that no half-removed rest can pass for a checkpoint."""
+    grave = folder.with_name(f"{_TEMPORARY}discarded-{folder.name}-{os.getpid()}")
+    _remove(grave)
+    folder.rename(grave)
+    _remove(grave)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder if it is there; what cannot be removed stays for the next sweep."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _files(folder: Path) -> list[Path]:
