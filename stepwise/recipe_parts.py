@@ -109,7 +109,7 @@ class Sandbox(Part):
     pairs: Count = Field(default=2400, description="preference pairs")
     sft: Count = Field(default=3000, description="demonstrations")
     prompts: Count = Field(default=400, description="held-out prompts")
-    pretrain_steps: CountOrZero = Field(default=600, description="optimiser steps that make the base model")
+    pretrain_steps: Count = Field(default=480, description="optimiser steps that make the base model")
 
 
 LoraRank = Annotated[int, Field(ge=1, le=4096, description="rank of an adapter")]

@@ -72,7 +72,7 @@ def sample(policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding)
     return [r for r in responses if r is not None]
 
 
-def _generate(policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding) -> Iterator[Response]:
+def _generate(policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[Response]:
     from transformers import GenerationConfig
 
     width = max(len(p) for p in prompts)
@@ -96,9 +96,11 @@ def _generate(policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decodi
     finally:
         policy.module.train(training)
     stops = set(policy.stop_ids)
+    responses = []
     for row in output[:, width:].tolist():
         end = next((i + 1 for i, token in enumerate(row) if token in stops), None)
-        yield Response(row[:end], end is not None)
+        responses.append(Response(row[:end], end is not None))
+    return responses
 
 
 @contextmanager

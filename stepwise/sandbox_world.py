@@ -296,6 +296,13 @@ class World:
         """An answer as people write it, good and bad."""
         return _write(*read_prompt(prompt), rng)
 
+    def two_answers(self, prompt: str, rng: random.Random) -> tuple[str, str]:
+        """Two answers to compare, which therefore differ."""
+        first = second = self.answer(prompt, rng)
+        while second == first:
+            second = self.answer(prompt, rng)
+        return first, second
+
     def raw_answer(self, prompt: str, rng: random.Random) -> str:
         """An answer of the pre-training text: now and then about any place but the one asked for."""
         mood, place = read_prompt(prompt)

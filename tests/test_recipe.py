@@ -249,7 +249,7 @@ NUMBERS: dict[str, tuple[str, str]] = {
     "sandbox.pairs": (WHOLE, "1"),
     "sandbox.sft": (WHOLE, "1"),
     "sandbox.prompts": (WHOLE, "1"),
-    "sandbox.pretrain_steps": (WHOLE, "0 1"),
+    "sandbox.pretrain_steps": (WHOLE, "1"),
 }
 NEVER = (".nan", "-.nan", ".inf", "-.inf", "1e400", "9" * 400, "9" * 5000, "true", "false", '"1"', "nan", "[1]", "{}")
 

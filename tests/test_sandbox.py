@@ -278,3 +278,10 @@ def test_training_lowers_the_loss_from_that_of_guessing() -> None:
 def test_scoring_needs_neither_torch_nor_transformers() -> None:
     code = "import sys, stepwise.sandbox; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_two_answers_of_a_pair_differ() -> None:
+    world = World(3)
+    rng = world.stream("pairs")
+    prompts = world.draw_prompts(world.split_prompts(10)[1], 3000, rng)
+    assert all(first != second for first, second in (world.two_answers(p, rng) for p in prompts))

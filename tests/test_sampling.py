@@ -1,0 +1,79 @@
+"""Sampling: a pure function of its arguments, from the policy's own distribution."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import EOS, llama, tokenizer
+
+from stepwise.errors import DataError
+from stepwise.policy import Policy
+from stepwise.sampling import Decoding, Prompts, sample
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
+    folder: Path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    llama().save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return Policy.load(str(folder), quantization="none", dtype=torch.float32)
+
+
+PROMPTS = [[1, 5, 6], [1, 7], [1, 8, 9, 10, 11], [1, 12]]
+
+
+def test_equal_arguments_give_equal_responses_and_leave_the_global_stream_alone(policy: Policy) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first = sample(policy, PROMPTS, Decoding(12, batch_size=2, seed=3))
+    assert torch.equal(torch.rand(3), expected)
+    assert sample(policy, PROMPTS, Decoding(12, batch_size=2, seed=3)) == first
+    assert sample(policy, PROMPTS, Decoding(12, batch_size=2, seed=4)) != first
+
+
+def test_batches_of_one_prompt_twice_are_drawn_apart(policy: Policy) -> None:
+    responses = sample(policy, [[1, 5]] * 4, Decoding(16, batch_size=2))
+    assert len({tuple(r.ids) for r in responses}) == 4
+
+
+def test_first_tokens_follow_the_policy_at_temperature_one(policy: Policy) -> None:
+    draws = 4000
+    responses = sample(policy, [[1, 5, 6]] * draws, Decoding(1, batch_size=1000))
+    found = Counter(r.ids[0] for r in responses)
+    with torch.no_grad():
+        p = policy.model(input_ids=torch.tensor([[1, 5, 6]])).logits[0, -1].double().softmax(-1)
+    for token in p.topk(5).indices.tolist():
+        spread = float((p[token] * (1 - p[token]) / draws).sqrt())
+        assert abs(found[token] / draws - float(p[token])) < 4.5 * spread
+
+
+def test_greedy_takes_the_likeliest_token_whatever_the_padding(policy: Policy) -> None:
+    together = sample(policy, PROMPTS, Decoding(6, temperature=0, batch_size=4))
+    for prompt, response in zip(PROMPTS, together, strict=True):
+        ids = list(prompt)
+        for token in response.ids:
+            with torch.no_grad():
+                logits = policy.model(input_ids=torch.tensor([ids])).logits[0, -1]
+            assert float(logits.max() - logits[token]) < 1e-4
+            ids.append(token)
+
+
+def test_a_response_ends_with_its_stop_token_and_says_so(policy: Policy) -> None:
+    for response in sample(policy, [[1, 5]] * 50, Decoding(40, batch_size=25)):
+        assert response.finished == (response.ids[-1] == EOS)
+        assert EOS not in response.ids[:-1]
+        assert response.finished or len(response.ids) == 40
+
+
+@pytest.mark.parametrize("prompt", [[], [1] * 125])
+def test_prompts_that_are_empty_or_too_long_are_named(policy: Policy, prompt: list[int]) -> None:
+    with pytest.raises(DataError, match="prompt 1"):
+        sample(policy, [[1, 5], prompt], Decoding(8))
+
+
+def test_prompts_repeat_with_all_their_columns() -> None:
+    asked = Prompts(["a", "b"], [[1], [2]], {"stratum": ["calm", "hostile"]}).repeat(2)
+    assert asked == Prompts(["a", "a", "b", "b"], [[1], [1], [2], [2]], {"stratum": ["calm"] * 2 + ["hostile"] * 2})
