@@ -154,7 +154,7 @@ def test_evaluating_an_unfinished_run_names_what_is_missing(finished: Path, tmp_
     folder = RunFolder(tmp_path / "run")
     (tmp_path / "run").mkdir()
     folder.claim(recipe(tmp_path))
-    with pytest.raises(ConfigError, match="unfinished stages.*sft"):
+    with pytest.raises(ConfigError, match=r"unfinished stages.*sft"):
         pipeline.evaluate_run(tmp_path / "run")
     with pytest.raises(ConfigError, match="not the folder of a run"):
         pipeline.evaluate_run(tmp_path)
