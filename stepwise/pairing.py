@@ -41,8 +41,8 @@ def sample_pairs(
 ) -> list[ScoredPair]:
     """One pair per prompt whose `samples` responses differ in score by more than `margin`.
 
-    Training uses the sampled ids, not re-encoded text. Responses that were not scored (None) or that did not end within
-    `max_new_tokens` take no part. Raises `DataError` when no prompt gives a pair.
+    Training uses the sampled ids, not re-encoded text; a response cut off at `max_new_tokens` ends without a stop token.
+    Responses that were not scored (None) take no part. Raises `DataError` when no prompt gives a pair.
     """
     asked = prompts.repeat(samples)
     responses = sample(policy, asked.ids, decoding)
@@ -52,9 +52,7 @@ def sample_pairs(
     pairs = []
     for start in range(0, len(completions), samples):
         ranked = sorted(
-            (sign * value, -row)
-            for row in range(start, start + samples)
-            if (value := scores[row]) is not None and responses[row].finished
+            (sign * value, -row) for row in range(start, start + samples) if (value := scores[row]) is not None
         )
         if len(ranked) < 2 or ranked[-1][0] - ranked[0][0] <= margin:
             continue

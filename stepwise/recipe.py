@@ -19,6 +19,7 @@ from stepwise.errors import ConfigError
 from stepwise.recipe_file import shipped
 from stepwise.recipe_parts import (
     PREFERENCE_FORMATS,
+    PROMPT_FORMATS,
     SFT_FORMATS,
     Conflict,
     CVaRRisk,
@@ -168,7 +169,7 @@ ScorerName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=64)]
 class Evaluate(Part):
     """What is measured on held-out prompts, for every policy."""
 
-    data: Data = Field(description="held-out prompts, format prompts")
+    data: Data = Field(description="held-out prompts; of pairs, their prompts")
     rewards: dict[ScorerName, Target] = Field(default={}, description="name: target; larger is better")
     costs: dict[ScorerName, Target] = Field(default={}, description="name: target; larger is worse")
     violation: float = Field(default=0.0, description="a response whose cost is above this is a violation")
@@ -191,8 +192,9 @@ class Evaluate(Part):
     @model_validator(mode="after")
     def _check(self) -> Self:
         found = []
-        if self.data.format != "prompts":
-            found.append(Conflict(("data", "format"), "evaluation samples from prompts", self.data.format, "prompts"))
+        if self.data.format not in PROMPT_FORMATS:
+            wanted = recipe_schema.listed(PROMPT_FORMATS)
+            found.append(Conflict(("data", "format"), "these rows hold no prompts to answer", self.data.format, wanted))
         if not self.rewards and not self.costs:
             found.append(Conflict(("costs",), "there is nothing to measure", "no rewards, no costs", "at least one"))
         if both := sorted(self.rewards.keys() & self.costs.keys()):

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from stepwise import recipe_schema
 
 PREFERENCE_FORMATS = ("preference", "pku-safe-rlhf", "hh-rlhf")
+PROMPT_FORMATS = ("prompts", *PREFERENCE_FORMATS)
 SFT_FORMATS = ("completion", "text", *PREFERENCE_FORMATS)
 SANDBOX_FILES = ("pairs", "sft", "prompts", "train_prompts")
 
