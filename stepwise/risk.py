@@ -108,7 +108,7 @@ class Entropic:
         log_p_NV = torch.log_softmax(log_p_NV, -1)
         p_NV = log_p_NV.exp()
         mean_N1 = _expect(p_NV, clean_NV).unsqueeze(-1)
-        power_NV = (clean_NV - mean_N1).mul_(self.eta).masked_fill_(p_NV == 0, 0)
+        power_NV = (clean_NV - mean_N1).mul_(self.eta)
         limit = 0.9 * math.log(torch.finfo(clean_NV.dtype).max)
         near_N = mean_N1[..., 0].isfinite() & (power_NV.amax(-1) < limit)
         near_value_N = mean_N1[..., 0] + torch.log1p(_expect(p_NV, power_NV.expm1_())) / self.eta
@@ -304,13 +304,12 @@ class _Envelope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NV: Tensor, q_NV: Tensor, value_N: Tensor) -> Tensor:
         ctx.save_for_backward(q_NV)
-        ctx.dtype = x_NV.dtype
         return value_N.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
         (q_NV,) = ctx.saved_tensors
-        return (grad_N.unsqueeze(-1) * q_NV).to(ctx.dtype), None, None
+        return grad_N.unsqueeze(-1) * q_NV, None, None
 
 
 def _attach(x_NV: Tensor, q_NV: Tensor, value_N: Tensor) -> Tensor:

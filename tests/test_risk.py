@@ -241,6 +241,13 @@ def test_small_eta_keeps_its_digits_in_float32(eta):
     np.testing.assert_allclose(got_N, expected_N, atol=2e-6)
 
 
+def test_entropic_risk_sees_an_outcome_whose_probability_underflows_in_float32():
+    x, log_p = torch.tensor([0.0, 200.0]), torch.tensor([0.0, -110.0])
+    assert log_p.exp()[1] == 0
+    assert Entropic(1.0)(x, log_p).item() == pytest.approx(90.0, rel=1e-6)
+    assert Entropic(1.0).tilt(x, log_p)[1].item() == pytest.approx(0.0, abs=1e-6)
+
+
 # --- hard inputs ------------------------------------------------------------------------------------------------------
 
 

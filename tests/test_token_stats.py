@@ -155,11 +155,13 @@ def test_scale_softcap_and_bias_are_differentiated_through(shape):
     assert (stats.risk - plain["risk"]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("padding", ["vocab", "bias"])
+@pytest.mark.parametrize("padding", ["vocab", "vocab and bias", "bias"])
 def test_padded_entries_have_probability_zero(padding):
     policy_NH, reference_NH, weight_VH, labels_N = case()
     padded_VH = torch.cat([weight_VH, 5 * torch.ones(36, H)])
     head = Head(padded_VH, vocab=V)
+    if padding == "vocab and bias":
+        head = Head(padded_VH, torch.zeros(V + 36), vocab=V)
     if padding == "bias":
         head = Head(padded_VH, torch.cat([torch.zeros(V), torch.full((36,), -math.inf)]))
     stats = token_stats(policy_NH, reference_NH, head, labels_N, risk=CVaR(0.9))
@@ -271,7 +273,7 @@ def test_a_logit_gap_of_120_gives_numbers():
     policy_NH = torch.tensor([[120.0, 0.0, -1.0], [0.0, 120.0, -1.0], [0.0, 1.0, -1.0]], requires_grad=True)
     reference_NH = torch.tensor([[0.0, 120.0, 0.0], [0.0, 0.0, 0.0], [120.0, 0.0, 0.0]])
     labels_N = torch.tensor([1, 1, 2])
-    for measure, name, level in MEASURES[:4]:
+    for measure, name, level in MEASURES:
         stats = token_stats(policy_NH, reference_NH, Head(torch.eye(3)), labels_N, risk=measure)
         expected = oracles.dense_token_stats(policy_NH, reference_NH, torch.eye(3), labels_N, name, level)
         assert_matches(stats, expected, policy_NH)
