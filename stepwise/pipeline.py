@@ -34,7 +34,7 @@ def run(recipe: Recipe, output: Path | None = None, *, display: Display | None =
     A finished stage is never run again. Raises `CheckpointError` when the folder belongs to another recipe or process.
     """
     path = output or Path("runs") / recipe.name
-    main = PartialState().is_main_process
+    main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
     display = display or Display(quiet=not main)
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

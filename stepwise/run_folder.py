@@ -10,6 +10,7 @@ runs/<name>/
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -39,8 +40,8 @@ class RunFolder:
     def claim(self, recipe: Recipe) -> None:
         """Write the recipe into a new folder, or check that the folder belongs to this recipe.
 
-        Raises `CheckpointError` naming every differing key when the folder belongs to another recipe, or when the
-        folder holds something that is not a run.
+        What killed processes left behind is removed. Raises `CheckpointError` naming every differing key when the
+        folder belongs to another recipe, or when the folder holds something that is not a run.
         """
         owned = self.path / "recipe.yaml"
         if not owned.exists():
@@ -65,6 +66,8 @@ class RunFolder:
                 got=shown + (f"; and {more} more" if more > 0 else ""),
                 wanted="the same recipe, or another folder (--output DIR, or another `name`)",
             )
+        for folder in [self.path, *(p for p in self.path.rglob("*") if p.is_dir())]:
+            checkpoint.sweep(folder)
 
     def recipe(self) -> Recipe:
         """The recipe that owns the folder. Raises `ConfigError` when this is not a run."""
@@ -83,11 +86,13 @@ class Log:
     def lines(self) -> list[dict[str, Any]]:
         """All whole lines; one cut off by a crash is left out."""
         found = []
-        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+        for line in self.path.read_bytes().splitlines() if self.path.exists() else []:
             try:
-                found.append(json.loads(line))
+                value = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(value, dict):
+                found.append(value)
         return found
 
     def rewind(self, key: Mapping[str, Any], *, step: int) -> None:
@@ -96,9 +101,12 @@ class Log:
         checkpoint.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append one line."""
-        with self.path.open("a") as handle:
+        """Append one line and force it to disk, so that it is never behind a checkpoint. Raises `CheckpointError` when
+        it cannot be written."""
+        with checkpoint.writing(self.path), self.path.open("a") as handle:
             handle.write(json.dumps(line) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
 
 
 def environment() -> dict[str, Any]:

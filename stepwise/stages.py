@@ -17,7 +17,7 @@ from stepwise import checkpoint
 from stepwise.data import Loaded
 from stepwise.display import Bar
 from stepwise.encoding import tokenize_pairs, tokenize_texts
-from stepwise.errors import CheckpointError
+from stepwise.errors import CheckpointError, ModelError
 from stepwise.losses import ipo_loss, rsa1_loss, rsa_loss
 from stepwise.methods import preference, supervised
 from stepwise.pairing import read_pairs, sample_pairs, write_pairs
@@ -31,6 +31,7 @@ from stepwise.train import Batch, Training, train
 from stepwise.workspace import Workspace
 
 _PAIR_BATCH = 256  # responses sampled at once for on-policy pairs
+_CHECKED = 4  # rows on which policy and reference are compared before a stage starts
 
 
 def run_stage(run: Workspace, name: str, place: Path, *, seed: int) -> None:
@@ -45,13 +46,14 @@ def run_stage(run: Workspace, name: str, place: Path, *, seed: int) -> None:
     run.policy.push(name, rank=lora.rank, alpha=lora.alpha, targets=lora.targets)
     objective, collate = _objective(run, name, stage)
     training = _training(run.recipe, name, seed)
-    numbers: dict[str, float] = {}
     for number, rows in _rounds(run, name, stage, loaded, place, seed):
         part = place / f"round-{number}"
+        if number == 1 and not (part / "checkpoints").exists():
+            _check_start(run, collate([rows[i] for i in range(min(_CHECKED, len(rows)))]))
         if not (part / "adapter").is_dir():
             with run.display.bar(name) as bar:
                 monitor = _Monitor(run, bar, {"stage": name, "round": number})
-                numbers = train(
+                train(
                     run.policy,
                     objective,
                     rows,
@@ -61,12 +63,27 @@ def run_stage(run: Workspace, name: str, place: Path, *, seed: int) -> None:
                     monitor=monitor,
                 )
             _commit(run, part / "adapter", lambda target: run.policy.save_adapter(name, target))
+        checkpoint.verify(part / "adapter")
         run.policy.load_weights(name, part / "adapter")
     if run.main:
-        seconds = time.monotonic() - started
-        (place / "metrics.json").write_text(json.dumps({"seconds": seconds, **numbers}, indent=1))
+        last = next((line for line in reversed(run.folder.log.lines()) if line.get("stage") == name), {})
+        about = {"seconds": time.monotonic() - started, **last}
+        checkpoint.write_text(place / "metrics.json", json.dumps(about, indent=1))
     _commit(run, place / "adapter", lambda target: run.policy.save_adapter(name, target))
     run.display.say(f"  {name} took {time.monotonic() - started:.0f} s")
+
+
+def _check_start(run: Workspace, batch: Batch) -> None:
+    """Before the first update the top adapter must have no effect at all: what it adds is what the stage learned."""
+    ids, mask = (batch[name].to(run.policy.device) for name in ("input_ids", "attention_mask"))
+    ratio = run.policy.largest_log_ratio(ids, mask)
+    if ratio != 0.0:
+        raise ModelError(
+            "The stage cannot start: policy and reference differ before the first update",
+            where=f"adapter {run.policy.names[-1]!r}",
+            got=f"a largest token log-ratio of {ratio:.3g}",
+            wanted="exactly 0: a fresh adapter, no dropout, one dtype and kernel for both",
+        )
 
 
 class _Monitor:
@@ -97,16 +114,17 @@ def _same_data(place: Path, loaded: Loaded) -> None:
     """A stage goes on only with the rows that it began with."""
     record = place / "data.json"
     about = {"fingerprint": loaded.fingerprint, "rows": len(loaded.rows)}
-    if record.exists() and json.loads(record.read_text()) != about:
+    if not record.exists():
+        if PartialState().is_main_process:
+            place.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(record, json.dumps(about))
+    elif record.read_text() != json.dumps(about):
         raise CheckpointError(
             "The data of this stage changed since it began",
             where=record,
             got=f"{len(loaded.rows)} rows with another fingerprint",
             wanted="the same rows, or another output folder",
         )
-    if PartialState().is_main_process:
-        place.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_text(record, json.dumps(about))
 
 
 def _objective(

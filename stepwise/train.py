@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +22,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from stepwise import checkpoint
 from stepwise.collate import bucket_order
-from stepwise.errors import ConfigError, Interrupted, ModelError, NonFiniteError
+from stepwise.errors import ConfigError, DataError, Interrupted, NonFiniteError
 from stepwise.policy import Policy
 from stepwise.tokens import Tokens
 
@@ -90,18 +91,25 @@ def train(
     its tensors; the other tensors are the arguments of the objective.
 
     Raises `NonFiniteError` before an update with a non-finite loss or gradient, `CheckpointError` when only damaged
-    checkpoints are left, `Interrupted` after SIGTERM or SIGINT once the finished step is saved.
+    checkpoints are left or none can be written, `Interrupted` after SIGTERM or SIGINT once the finished step is saved,
+    `DataError` when there are no rows.
     """
+    if len(rows) == 0:
+        raise DataError("There are no rows to train on", where=folder.parent, wanted="at least one row")
+    resume = checkpoint.newest(folder, warn=monitor.warn)
     log, signals = _LogTo(monitor), _StopOnSignal()
     trainer = StepwiseTrainer(
         policy, objective, rows, collate=collate, training=training, folder=folder, callbacks=[log, signals]
     )
-    resume = checkpoint.newest(folder, warn=monitor.warn)
-    if resume is None:
-        _check_start(policy, trainer)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    if signals.received is not None:
-        raise Interrupted(signals.received, saved=f"{folder}, step {trainer.state.global_step}")
+    if resume is not None and (last := trainer.finished(resume)):
+        policy.load_weights(policy.names[-1], resume)
+        monitor.start(int(last["step"]), int(last["step"]))
+        return last
+    with signals:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    if number := signals.agreed(trainer.args.device):
+        trainer.save()
+        raise Interrupted(number, saved=f"{folder}, step {trainer.state.global_step}")
     return log.last
 
 
@@ -123,8 +131,9 @@ class StepwiseTrainer(Trainer):
     ) -> None:
         self.policy = policy
         self.folder = folder
-        self.keep = training.keep
+        self.training = training
         self.meter = Meter()
+        self._saved: int | None = None
         super().__init__(
             model=objective,
             args=_arguments(training, folder),
@@ -134,13 +143,22 @@ class StepwiseTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
 
+    def finished(self, saved: Path) -> dict[str, float] | None:
+        """The last numbers of a checkpoint of the last step; None for one of an earlier step."""
+        state = TrainerState.load_from_json(str(saved / "trainer_state.json"))
+        *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return [line for line in state.log_history if "loss" in line][-1] if state.global_step >= steps else None
+
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         assert isinstance(self.train_dataset, Tokens)
-        return _Buckets(self.train_dataset.lengths(), batch=self.args.train_batch_size, seed=self.args.seed)
+        # The rows of an update follow from the batch alone, not from how it is split over passes and processes.
+        lengths, batch = self.train_dataset.lengths(), self.training.batch_size
+        return _Buckets(lengths, batch=batch, seed=self.args.seed, step=lambda: self.state.global_step)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
+        self._rows = [batch["rows"] for batch in batch_samples]
         items = torch.stack([batch["items"].sum() for batch in batch_samples]).sum().to(device)
         total: Tensor = self.accelerator.gather(items)
         return total.sum()
@@ -152,11 +170,11 @@ class StepwiseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        self._rows = inputs["rows"].tolist()
         outcome: Outcome = model(**{name: t for name, t in inputs.items() if name not in ("items", "rows")})
         if not torch.isfinite(outcome.loss):
+            where = self._where([inputs["rows"]])
             raise NonFiniteError(
-                "The loss is not finite; the weights are unchanged", where=self._where(), got=outcome.loss.item()
+                "The loss is not finite; the weights are unchanged", where=where, got=outcome.loss.item()
             )
         self.meter.add(outcome.metrics)
         assert num_items_in_batch is not None
@@ -166,13 +184,12 @@ class StepwiseTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         if not np.isfinite(float(norm)):
-            raise NonFiniteError(
-                "The gradient is not finite; the weights are unchanged", where=self._where(), got=float(norm)
-            )
+            where = self._where(self._rows)
+            raise NonFiniteError("The gradient is not finite; the weights are unchanged", where=where, got=float(norm))
         return norm
 
-    def _where(self) -> str:
-        return f"{self.folder.parent}, step {self.state.global_step + 1}, last rows {self._rows}"
+    def _where(self, rows: Sequence[Tensor]) -> str:
+        return f"{self.folder.parent}, step {self.state.global_step + 1}, rows {torch.cat(list(rows)).tolist()}"
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # the Trainer's own running mean forgets what came before a resumption
@@ -181,10 +198,17 @@ class StepwiseTrainer(Trainer):
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
+    def save(self) -> None:
+        """Save the finished step, unless it is saved already."""
+        if self._saved != self.state.global_step:
+            self._save_checkpoint(self.model_wrapped, None)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.meter.gather(self.accelerator.reduce, main=self.args.should_save)
         if self.args.should_save:
-            checkpoint.save_step(self.folder, self.state.global_step, self._fill, keep=self.keep)
+            checkpoint.save_step(self.folder, self.state.global_step, self._fill, keep=self.training.keep)
         self.accelerator.wait_for_everyone()
+        self._saved = self.state.global_step
 
     def _fill(self, folder: Path) -> None:
         assert self.optimizer is not None and self.lr_scheduler is not None
@@ -211,7 +235,7 @@ class StepwiseTrainer(Trainer):
             slots.setdefault(int(index), {})[slot] = tensor
         self.optimizer.load_state_dict({"state": slots, "param_groups": rest["groups"]})
         self.lr_scheduler.load_state_dict(rest["scheduler"])
-        self.meter.state = rest["meter"]
+        self.meter.state = rest["meter"] if self.args.should_save else {}
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -234,26 +258,30 @@ class Meter:
 
     def means(self, reduce: Callable[..., Tensor]) -> dict[str, float]:
         """Means over everything added since the last call, over all processes; then start anew."""
+        self.gather(reduce, main=True)
+        sums, self.state = self.state, {}
+        return {name: total / count for name, (total, count) in sums.items() if count > 0}
+
+    def gather(self, reduce: Callable[..., Tensor], *, main: bool) -> None:
+        """Bring what all processes added to the main one."""
         names = sorted(self.state)
-        totals = reduce(torch.tensor([self.state[n] for n in names], dtype=torch.float64), reduction="sum")
-        self.state = {}
-        return {n: float(t[0] / t[1]) for n, t in zip(names, totals, strict=True) if t[1] > 0}
+        totals = reduce(torch.tensor([self.state[n] for n in names], dtype=torch.float64), reduction="sum").tolist()
+        self.state = dict(zip(names, totals, strict=True)) if main else {}
 
 
 class _Buckets(Sampler[int]):
-    """Rows in an order of similar lengths, a function of (seed, epoch) alone."""
+    """Rows in an order of similar lengths, a function of the seed and of the epoch that the current step is in."""
 
-    def __init__(self, lengths: Sequence[int], *, batch: int, seed: int) -> None:
-        self.lengths, self.batch, self.seed, self.epoch = lengths, batch, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
+    def __init__(self, lengths: Sequence[int], *, batch: int, seed: int, step: Callable[[], int]) -> None:
+        self.lengths, self.batch, self.seed, self.step = lengths, batch, seed, step
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(bucket_order(self.lengths, batch=self.batch, seed=self.seed, epoch=self.epoch))
+        steps_per_epoch = -(-len(self.lengths) // self.batch)
+        epoch = self.step() // steps_per_epoch
+        return iter(bucket_order(self.lengths, batch=self.batch, seed=self.seed, epoch=epoch))
 
 
 class _LogTo(TrainerCallback):
@@ -277,43 +305,37 @@ class _LogTo(TrainerCallback):
 
 
 class _StopOnSignal(TrainerCallback):
-    """SIGTERM and SIGINT end training after the running step, with a checkpoint; a second one ends it at once."""
+    """Within the context SIGTERM and SIGINT end training after the running step, with a checkpoint; a second one ends
+    it at once."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received = 0
         self._before: dict[int, Any] = {}
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._receive)
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():  # no other thread may handle signals
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._receive)
+
+    def __exit__(self, *_: object) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def _receive(self, number: int, frame: Any) -> None:
         self.received = number
-        self._restore()
+        self.__exit__()
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any process received, or 0; all of them stop after the same step."""
+        if not torch.distributed.is_initialized():
+            return self.received
+        received = torch.tensor(self.received, device=device)
+        torch.distributed.all_reduce(received, op=torch.distributed.ReduceOp.MAX)
+        return int(received)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.received is not None:
+        if self.agreed(args.device):
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._restore()
-
-
-def _check_start(policy: Policy, trainer: StepwiseTrainer) -> None:
-    """Before the first update the top adapter must have no effect at all: what it adds is what the stage learned."""
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    ratio = policy.largest_log_ratio(batch["input_ids"], batch["attention_mask"])
-    if ratio != 0.0:
-        raise ModelError(
-            "The stage cannot start: policy and reference differ before the first update",
-            where=f"adapter {policy.names[-1]!r}",
-            got=f"a largest token log-ratio of {ratio:.3g}",
-            wanted="exactly 0: a fresh adapter, no dropout, one dtype and kernel for both",
-        )
 
 
 def _arguments(training: Training, folder: Path) -> TrainingArguments:
@@ -332,7 +354,7 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
         output_dir=str(folder),
         num_train_epochs=training.epochs,
         learning_rate=training.learning_rate,
-        lr_scheduler_type=training.scheduler,
+        lr_scheduler_type="constant_with_warmup" if training.scheduler == "constant" else training.scheduler,
         warmup_steps=training.warmup,  # a float below 1 is a share of all steps
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
@@ -345,6 +367,7 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
         seed=training.seed,
         report_to=list(training.report_to),
         remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),  # else several processes without GPUs would not know of each other
         ddp_find_unused_parameters=False,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
