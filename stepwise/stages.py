@@ -66,7 +66,7 @@ def run_stage(run: Workspace, name: str, place: Path, *, seed: int) -> None:
         checkpoint.verify(part / "adapter")
         run.policy.load_weights(name, part / "adapter")
     if run.main:
-        last = next((line for line in reversed(run.folder.log.lines()) if line.get("stage") == name), {})
+        last: dict[str, Any] = next((x for x in reversed(run.folder.log.lines()) if x.get("stage") == name), {})
         about = {"seconds": time.monotonic() - started, **last}
         checkpoint.write_text(place / "metrics.json", json.dumps(about, indent=1))
     _commit(run, place / "adapter", lambda target: run.policy.save_adapter(name, target))

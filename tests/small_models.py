@@ -36,12 +36,12 @@ def tokenizer(size: int = VOCABULARY) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def llama() -> PreTrainedModel:
+def llama(layers: int = 2) -> PreTrainedModel:
     return LlamaForCausalLM(
         LlamaConfig(
             hidden_size=64,
             intermediate_size=128,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=2,
             max_position_embeddings=128,
@@ -53,7 +53,7 @@ def llama() -> PreTrainedModel:
 
 
 def gpt2() -> PreTrainedModel:
-    """Layers are `Conv1D`, which cannot be held in 4 bits, and the config asks for dropout."""
+    """Layers are `Conv1D`, and the config asks for dropout."""
     return GPT2LMHeadModel(
         GPT2Config(
             n_embd=64,

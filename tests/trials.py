@@ -53,16 +53,20 @@ class Trial:
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
+    def stack(self, policy: Policy) -> None:
+        """An adapter with an effect, so that the reference is not the bare base, and one to train."""
+        policy.push("below", rank=4, alpha=8)
+        with torch.no_grad():
+            for parameter in policy.top_parameters().values():
+                parameter.normal_(std=0.05)
+        policy.push("top", rank=4, alpha=8)
+
     def run(self) -> dict[str, float]:
         """Train in this process."""
         torch.set_num_threads(1)
         policy = Policy.load(str(self.base), dtype=torch.float32)
         set_seed(self.training.seed)
-        policy.push("below", rank=4, alpha=8)
-        with torch.no_grad():  # so that the reference is not the bare base
-            for parameter in policy.top_parameters().values():
-                parameter.normal_(std=0.05)
-        policy.push("top", rank=4, alpha=8)
+        self.stack(policy)
         if self.method == "sft":
             objective: Any = supervised.Supervised(policy)
             collate = supervised.batches(policy.pad_id)
