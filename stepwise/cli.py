@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -161,11 +162,12 @@ def schema(
 
 @app.command()
 def plan(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Show what a run would do: stages, steps, memory. Trains nothing."""
+    """Show what a run would do: rows, tokens, steps, memory. Trains nothing, downloads nothing."""
     checked = recipes.load(recipe, overrides or [])
-    from stepwise import pipeline
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the libraries are imported
+    from stepwise import plan as plans
 
-    _print(pipeline.plan(checked).render())
+    _print(plans.plan(checked).render())
 
 
 @app.command()
