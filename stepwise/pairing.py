@@ -41,8 +41,8 @@ def sample_pairs(
 ) -> list[ScoredPair]:
     """One pair per prompt whose `samples` responses differ in score by more than `margin`.
 
-    Training uses the sampled ids, not re-encoded text; a response cut off at `max_new_tokens` ends without a stop token.
-    Responses that were not scored (None) take no part. Raises `DataError` when no prompt gives a pair.
+    Training uses the sampled ids, not re-encoded text; a response cut off at `max_new_tokens` ends without a stop
+    token. Responses that were not scored (None) take no part. Raises `DataError` when no prompt gives a pair.
     """
     asked = prompts.repeat(samples)
     responses = sample(policy, asked.ids, decoding)
@@ -51,22 +51,23 @@ def sample_pairs(
     sign = 1.0 if prefer == "higher" else -1.0
     pairs = []
     for start in range(0, len(completions), samples):
-        ranked = sorted(
-            (sign * value, -row) for row in range(start, start + samples) if (value := scores[row]) is not None
-        )
-        if len(ranked) < 2 or ranked[-1][0] - ranked[0][0] <= margin:
+        merit = {row: sign * v for row in range(start, start + samples) if (v := scores[row]) is not None}
+        if not merit or max(merit.values()) - min(merit.values()) <= margin:
             continue
-        best, worst = -ranked[-1][1], -ranked[0][1]
+        worst = min(merit, key=lambda row: merit[row])
+        length = len(responses[worst].ids)
+        # Of equally good responses the one most like the worst in length, so that the pair does not teach length.
+        best = max(merit, key=lambda row: (merit[row], -abs(len(responses[row].ids) - length)))
         pairs.append(
             ScoredPair(
                 prompt=asked.texts[start],
                 prompt_ids=asked.ids[start],
                 chosen=completions[best],
                 chosen_ids=responses[best].ids,
-                chosen_score=sign * ranked[-1][0],
+                chosen_score=sign * merit[best],
                 rejected=completions[worst],
                 rejected_ids=responses[worst].ids,
-                rejected_score=sign * ranked[0][0],
+                rejected_score=sign * merit[worst],
             )
         )
     if not pairs:
