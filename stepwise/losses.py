@@ -55,8 +55,3 @@ def ipo_loss(chosen: PairSums, rejected: PairSums, *, beta: float) -> Tensor:
     m are sums, as in the paper; implementations that divide by the length of the reply need another beta.
     """
     return (chosen.log_ratio - rejected.log_ratio - 1 / (2 * beta)) ** 2
-
-
-def sft_loss(log_prob_N: Tensor) -> Tensor:
-    """Mean negative log-likelihood of N response tokens, a scalar; 0 for no tokens."""
-    return -log_prob_N.sum() / max(log_prob_N.numel(), 1)

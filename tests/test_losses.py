@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stepwise.losses import PairSums, ipo_loss, rsa1_loss, rsa_loss, sft_loss
+from stepwise.losses import PairSums, ipo_loss, rsa1_loss, rsa_loss
 from stepwise.risk import CVaR, Entropic, Mean, RiskMeasure
 from stepwise.token_stats import Head, token_stats
 
@@ -93,11 +93,6 @@ def test_ipo_is_smallest_at_a_margin_of_one_over_two_beta():
     zeros = torch.zeros_like(margins)
     loss_B = ipo_loss(PairSums(margins, zeros), PairSums(zeros, zeros), beta=0.1)
     assert margins[loss_B.argmin()].item() == pytest.approx(5.0)
-
-
-def test_sft_loss_is_the_mean_negative_log_likelihood_and_zero_for_no_tokens():
-    assert sft_loss(torch.tensor([0.5, 0.25]).log()).item() == pytest.approx(1.5 * math.log(2))
-    assert sft_loss(torch.tensor([])).item() == 0.0
 
 
 # --- one position: gradients and reductions through the risk ----------------------------------------------------------
