@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -49,6 +50,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of `stepwise`."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises optional kernels on every import
     app(prog_name="stepwise")
 
 

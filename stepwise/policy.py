@@ -12,6 +12,7 @@ Shape legend: B sequences, T positions, H hidden, N response tokens.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -118,11 +119,14 @@ class Policy:
 
         if name in self.names:
             raise ModelError(f"The stack already has an adapter {name!r}", got=self.names, wanted="a new name")
+        config.base_model_name_or_path = self._base.name_or_path
         try:
-            if self._peft is None:
-                self._peft = get_peft_model(self._base, config, adapter_name=name)
-            else:
-                self._peft.add_adapter(name, config)
+            with warnings.catch_warnings():  # peft asks transformers by a name that is being retired
+                warnings.simplefilter("ignore", FutureWarning)
+                if self._peft is None:
+                    self._peft = get_peft_model(self._base, config, adapter_name=name)
+                else:
+                    self._peft.add_adapter(name, config)
         except ValueError as error:
             raise ModelError(f"No adapter could be attached: {error}", where=f"lora.targets of {name!r}") from error
         self._layers = [module for module in self._peft.modules() if isinstance(module, BaseTunerLayer)]
