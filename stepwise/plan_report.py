@@ -154,7 +154,7 @@ class Plan:
             shown += [Rule(Text("evaluation", style="bold"), align="left"), *_evaluation(self.evaluation)]
         memory = _memory(self)
         if memory is not None:
-            where = f": predicted in MB for a {self.device}, one process, the longest batch"
+            where = f": predicted to be in use, MB, on a {self.device}, one process, the longest batch"
             title = Text.assemble(("memory", "bold"), where)
             shown += [Rule(title, align="left"), memory]
         return Group(*shown)
