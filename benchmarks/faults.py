@@ -142,7 +142,7 @@ def _summary(found: list[Killed]) -> dict[str, object]:
         "inside a save": sum(k.inside_a_save for k in found),
         "resumption failed": sum(k.resumed != 0 for k in found),
         "resumed, S different": sum(k.resumed == 0 and not k.equal for k in found),
-        "errors": sorted({k.error.strip().splitlines()[-1][:200] for k in found if k.resumed != 0}),
+        "errors": sorted({k.error.strip().splitlines()[-1].partition(":")[0] for k in found if k.resumed != 0}),
     }
 
 
