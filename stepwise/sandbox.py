@@ -155,8 +155,7 @@ def _data(world: World, *, pairs: int, sft: int, prompts: int) -> dict[str, list
     demonstrations = [(p, world.answer(p, answering)) for p in world.draw_prompts(rest, sft, answering)]
     comparing = world.stream("pairs")
     compared = [
-        world.pair(p, world.two_answers(p, comparing), comparing)
-        for p in world.draw_prompts(rest, pairs, comparing)
+        world.pair(p, world.two_answers(p, comparing), comparing) for p in world.draw_prompts(rest, pairs, comparing)
     ]
     sampled = dict.fromkeys(world.draw_prompts(rest, len(rest) // 2, world.stream("train_prompts")))
     return {

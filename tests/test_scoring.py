@@ -170,7 +170,9 @@ def test_batches_see_every_row_once_with_its_own_columns(completions: list[str],
         return [float(row) for row in columns["row"]]
 
     rows = list(range(len(completions)))
-    values = score(indexed, [str(row) for row in rows], completions, name="i", batch_size=batch_size, columns={"row": rows})
+    values = score(
+        indexed, [str(row) for row in rows], completions, name="i", batch_size=batch_size, columns={"row": rows}
+    )
     assert values == rows
     assert sum(sizes) == len(rows)
     assert all(0 < size <= batch_size for size in sizes)
