@@ -150,11 +150,11 @@ def test_metrics_are_sums_over_each_response(folder, policy):
         assert metrics[f"kl/{side}"] == pytest.approx(total["kl"], rel=1e-3)
         assert metrics[f"rewards/{side}"] == pytest.approx(reward[side], rel=1e-3, abs=1e-3)
         assert metrics[f"tokens/{side}"] == [lengths[1 + i] for lengths in LENGTHS]
-    margins = [w - l for w, l in zip(reward["chosen"], reward["rejected"], strict=True)]
+    margins = [good - bad for good, bad in zip(reward["chosen"], reward["rejected"], strict=True)]
     assert metrics["rewards/margins"] == pytest.approx(margins, rel=1e-3, abs=1e-3)
     assert metrics["rewards/accuracies"] == [float(margin > 0) for margin in margins]
     assert 0 < sum(metrics["rewards/accuracies"]) < len(margins)  # both outcomes occur
-    logits = [beta * (w - l) for w, l in zip(ratio["chosen"], ratio["rejected"], strict=True)]
+    logits = [beta * (good - bad) for good, bad in zip(ratio["chosen"], ratio["rejected"], strict=True)]
     assert metrics["saturated"] == [float(abs(z) > 10) for z in logits]
     tokens = [(t["risk"] - t["kl"]).tolist() for side in SIDES for t in stats[side]]
     assert metrics["risk/above_kl"] == pytest.approx([x for row in tokens for x in row], rel=1e-3, abs=1e-4)
