@@ -98,30 +98,15 @@ def _base(recipe: Recipe) -> tuple[_Base | None, tuple[str, ...]]:
 
 def _sandbox_base(part: Sandbox) -> _Base:
     """Tokenizer and sizes of the sandbox's base, as `sandbox.build` makes them, without its weights."""
-    from transformers import LlamaConfig
-
     from stepwise import sandbox_model
 
-    world = sandbox.World(part.seed)
-    _, rest = world.split_prompts(part.prompts)
-    writing = world.stream("pretrain")
-    documents = sandbox._DOCUMENTS_PER_STEP * part.pretrain_steps
-    texts = [p + world.raw_answer(p, writing) for p in world.draw_prompts(rest, documents, writing)]
+    texts = sandbox.pretraining_texts(sandbox.World(part.seed), held_out=part.prompts, steps=part.pretrain_steps)
     tokenizer = sandbox_model.train_tokenizer(texts)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        tie_word_embeddings=False,
-    )
-    return _Base(Skeleton.of(config), tokenizer, tokenizer.eos_token_id)
+    return _Base(Skeleton.of(sandbox_model.config(tokenizer)), tokenizer, tokenizer.eos_token_id)
 
 
 def _write_sandbox(part: Sandbox, folder: Path) -> None:
-    files = sandbox._data(sandbox.World(part.seed), pairs=part.pairs, sft=part.sft, prompts=part.prompts)
+    files = sandbox.rows(sandbox.World(part.seed), pairs=part.pairs, sft=part.sft, prompts=part.prompts)
     for name, rows in files.items():
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 

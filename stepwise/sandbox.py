@@ -109,12 +109,12 @@ def build(
     if target.exists() and any(target.iterdir()):
         _check_same(target, record)
     else:
-        files = _data(world, pairs=pairs, sft=sft, prompts=prompts)
+        files = rows(world, pairs=pairs, sft=sft, prompts=prompts)
         model, tokenizer = _base(world, held_out=prompts, steps=pretrain_steps)
 
         def fill(draft: Path) -> None:
-            for name, rows in files.items():
-                (draft / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+            for name, lines in files.items():
+                (draft / name).write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
             (draft / _RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             model.save_pretrained(draft / "base")
             tokenizer.save_pretrained(draft / "base")
@@ -148,7 +148,7 @@ def _check_same(target: Path, record: Mapping[str, Any]) -> None:
     checkpoint.verify(target)
 
 
-def _data(world: World, *, pairs: int, sft: int, prompts: int) -> dict[str, list[dict[str, Any]]]:
+def rows(world: World, *, pairs: int, sft: int, prompts: int) -> dict[str, list[dict[str, Any]]]:
     """Rows of the four files, by file name."""
     held, rest = world.split_prompts(prompts)
     answering = world.stream("sft")
@@ -166,13 +166,19 @@ def _data(world: World, *, pairs: int, sft: int, prompts: int) -> dict[str, list
     }
 
 
+def pretraining_texts(world: World, *, held_out: int, steps: int) -> list[str]:
+    """Prompts with answers of all kinds, no held-out prompt among them; the tokenizer is made from them too."""
+    _, rest = world.split_prompts(held_out)
+    writing = world.stream("pretrain")
+    prompts = world.draw_prompts(rest, _DOCUMENTS_PER_STEP * steps, writing)
+    return [prompt + world.raw_answer(prompt, writing) for prompt in prompts]
+
+
 def _base(world: World, *, held_out: int, steps: int) -> tuple[Any, Any]:
     """Model and tokenizer trained on answers of all kinds, never on a held-out prompt."""
     from stepwise import sandbox_model  # torch and transformers: scoring does without them
 
-    _, rest = world.split_prompts(held_out)
-    writing = world.stream("pretrain")
-    texts = [p + world.raw_answer(p, writing) for p in world.draw_prompts(rest, _DOCUMENTS_PER_STEP * steps, writing)]
+    texts = pretraining_texts(world, held_out=held_out, steps=steps)
     tokenizer = sandbox_model.train_tokenizer(texts)
     return sandbox_model.pretrain(
         sandbox_model.pack(texts, tokenizer), tokenizer, steps=steps, seed=world.seed

@@ -57,9 +57,9 @@ def pack(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> Tensor:
     return torch.tensor(ids[: rows * BLOCK]).view(rows, BLOCK)
 
 
-def pretrain(blocks_BT: Tensor, tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int) -> LlamaForCausalLM:
-    """Train the model from nothing by next-token prediction in fp32; the global random state is left as it was."""
-    config = LlamaConfig(
+def config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """About a million parameters, all matrices of a size that 4-bit blocks divide."""
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
         intermediate_size=384,
@@ -73,9 +73,13 @@ def pretrain(blocks_BT: Tensor, tokenizer: PreTrainedTokenizerFast, *, steps: in
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def pretrain(blocks_BT: Tensor, tokenizer: PreTrainedTokenizerFast, *, steps: int, seed: int) -> LlamaForCausalLM:
+    """Train the model from nothing by next-token prediction in fp32; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config(tokenizer))
         order = torch.cat([torch.randperm(len(blocks_BT)) for _ in range(1 + steps * ROWS // len(blocks_BT))])
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
