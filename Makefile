@@ -5,8 +5,9 @@ export TOKENIZERS_PARALLELISM = false
 
 .PHONY: quickstart test lint clean
 
+# Passive: threads that wait for a busy core must not spin on the other one.
 quickstart: .venv/ready
-	$(BIN)/stepwise run quickstart
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/stepwise run quickstart
 
 test: .venv/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -110,5 +110,6 @@ def open_policy(model: str) -> Policy:
     folder = RunFolder(Path(model))
     work = Workspace(folder.recipe(), folder, Display(quiet=True))
     for number, name in enumerate(work.recipe.stages, 1):
+        checkpoint.verify(folder.stage(number, name) / "adapter")
         work.policy.load_adapter(name, folder.stage(number, name) / "adapter")
     return work.policy

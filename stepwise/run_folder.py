@@ -40,22 +40,32 @@ class RunFolder:
     def claim(self, recipe: Recipe) -> None:
         """Write the recipe into a new folder, or check that the folder belongs to this recipe.
 
-        What killed processes left behind is removed. Raises `CheckpointError` naming every differing key when the
-        folder belongs to another recipe, or when the folder holds something that is not a run.
+        What killed processes left behind is removed. Until a stage has begun, the recipe may still change: a first
+        attempt that failed on a wrong path does not take the folder. Raises `CheckpointError` naming every differing
+        key when the folder belongs to another recipe, or when the folder holds something that is not a run.
         """
         owned = self.path / "recipe.yaml"
         if not owned.exists():
-            foreign = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
-            if foreign:
-                raise CheckpointError(
-                    "The output folder holds something else",
-                    where=self.path,
-                    got=", ".join(sorted(foreign)[:_SHOWN]),
-                    wanted="a new or empty folder, or the folder of an earlier run",
-                )
+            self._refuse_strangers()
+        if owned.exists() and (self.path / "stages").exists():
+            self._refuse_changes(recipe)
+        else:
             checkpoint.write_text(owned, dump_yaml(recipe))
             checkpoint.write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
-            return
+        for folder in [self.path, *(p for p in self.path.rglob("*") if p.is_dir())]:
+            checkpoint.sweep(folder)
+
+    def _refuse_strangers(self) -> None:
+        foreign = [p.name for p in self.path.iterdir() if not p.name.startswith(".")]
+        if foreign:
+            raise CheckpointError(
+                "The output folder holds something else",
+                where=self.path,
+                got=", ".join(sorted(foreign)[:_SHOWN]),
+                wanted="a new or empty folder, or the folder of an earlier run",
+            )
+
+    def _refuse_changes(self, recipe: Recipe) -> None:
         differing = difference(self.recipe(), recipe)
         if differing:
             shown = "; ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differing[:_SHOWN])
@@ -66,8 +76,6 @@ class RunFolder:
                 got=shown + (f"; and {more} more" if more > 0 else ""),
                 wanted="the same recipe, or another folder (--output DIR, or another `name`)",
             )
-        for folder in [self.path, *(p for p in self.path.rglob("*") if p.is_dir())]:
-            checkpoint.sweep(folder)
 
     def recipe(self) -> Recipe:
         """The recipe that owns the folder. Raises `ConfigError` when this is not a run."""

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from stepwise import pipeline
 from stepwise.data import Source
 from stepwise.display import Display
-from stepwise.errors import CheckpointError, ConfigError, DataError
+from stepwise.errors import CheckpointError, ConfigError, DataError, ModelError
 from stepwise.policy import count_linear_4bit
 from stepwise.recipe import Recipe, load
 from stepwise.run_folder import RunFolder
@@ -139,6 +139,13 @@ def test_a_changed_recipe_is_refused_with_the_differing_keys(finished: Path, tmp
     changed = recipe(tmp_path, "stages.helpful.beta=0.2", "seed=3")
     with pytest.raises(CheckpointError, match=r"seed: 0 -> 3.*stages\.helpful\.beta: 0\.1 -> 0\.2"):
         pipeline.run(changed, finished, display=QUIET)
+
+
+def test_a_run_that_failed_on_a_wrong_path_does_not_take_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"'\./nowhere' could not be loaded"):
+        pipeline.run(recipe(tmp_path, "model.base=./nowhere"), tmp_path / "run", display=QUIET)
+    RunFolder(tmp_path / "run").claim(recipe(tmp_path))
+    assert RunFolder(tmp_path / "run").recipe().model.base == "sandbox"
 
 
 def test_a_folder_with_other_things_in_it_is_refused_and_left_alone(tmp_path: Path) -> None:
