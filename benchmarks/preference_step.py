@@ -10,7 +10,8 @@ of 256 tokens, half of them response. The final norm is scaled so that logits ha
 the adapter starts away from zero so that the risk has something to order.
 
 Every variant runs in a process of its own and the variants take turns, step by step, so that whatever else the machine
-does falls on all of them. Seconds are CPU seconds (`process_time`), medians; memory is the peak above the loaded model.
+does falls on all of them; a ratio of times is the median over the rounds. Seconds are CPU seconds (`process_time`),
+medians; memory is the peak above the loaded model.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def serve(make: Callable[[], Step]) -> None:
 
 
 def take_turns(commands: dict[str, list[str]], repeats: int) -> dict[str, dict[str, Any]]:
-    """Run `repeats` steps of every child in turn after one that does not count: medians, first loss, peak."""
+    """Run `repeats` steps of every child in turn after one that does not count: their seconds, first loss and peak."""
     children = {
         name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         for name, command in commands.items()
@@ -162,8 +163,7 @@ def take_turns(commands: dict[str, list[str]], repeats: int) -> dict[str, dict[s
         child.communicate()
     return {
         name: {
-            "seconds": statistics.median(a["seconds"] for a in answers[1:]),
-            "fastest": min(a["seconds"] for a in answers[1:]),
+            "seconds": [answer["seconds"] for answer in answers[1:]],
             "memory": answers[-1]["memory"],
             "loss": answers[0]["loss"],
         }
@@ -171,10 +171,18 @@ def take_turns(commands: dict[str, list[str]], repeats: int) -> dict[str, dict[s
     }
 
 
-def show(found: dict[str, dict[str, Any]]) -> None:
-    print(f"{'variant':<18}{'CPU s':>8}{'min':>8}{'peak MB':>10}{'first loss':>12}")
+def show(found: dict[str, dict[str, Any]], compared: Sequence[tuple[str, str]]) -> None:
+    """The table, and for pairs of variants the median over the rounds of the ratio of their seconds."""
+    print(f"{'variant':<12}{'CPU s':>8}{'min':>8}{'peak MB':>10}{'first loss':>12}")
     for name, row in found.items():
-        print(f"{name:<18}{row['seconds']:>8.2f}{row['fastest']:>8.2f}{row['memory']:>10.0f}{row['loss']:>12.6f}")
+        median, least = statistics.median(row["seconds"]), min(row["seconds"])
+        print(f"{name:<12}{median:>8.2f}{least:>8.2f}{row['memory']:>10.0f}{row['loss']:>12.6f}")
+    for upper, lower in compared:
+        if upper in found and lower in found:
+            rounds = zip(found[upper]["seconds"], found[lower]["seconds"], strict=True)
+            seconds = statistics.median(a / b for a, b in rounds)
+            memory = found[upper]["memory"] / found[lower]["memory"]
+            print(f"{upper} / {lower}: {seconds:.2f} x the time, {memory:.2f} x the memory")
 
 
 def main() -> None:
@@ -194,11 +202,7 @@ def main() -> None:
         flags = [f"--child={folder}", f"--pairs={args.pairs}", f"--tokens={args.tokens}", "--variants"]
         found = take_turns({name: [sys.executable, __file__, *flags, name] for name in args.variants}, args.repeats)
     print(f"{args.pairs} pairs of {args.tokens} tokens, half of them response; {args.repeats} steps")
-    show(found)
-    for upper, lower in [(f"rsa-{kind}", f"dpo-{kind}") for kind in LOADING] + [("rsa-nf4", "rsa-bf16")]:
-        if upper in found and lower in found:
-            ratio = {key: found[upper][key] / found[lower][key] for key in ("seconds", "memory")}
-            print(f"{upper} / {lower}: {ratio['seconds']:.2f} x the time, {ratio['memory']:.2f} x the memory")
+    show(found, [(f"rsa-{kind}", f"dpo-{kind}") for kind in LOADING] + [("rsa-nf4", "rsa-bf16")])
 
 
 if __name__ == "__main__":

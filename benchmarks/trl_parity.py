@@ -162,12 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         flags = [f"--child={folder}", f"--kind={args.kind}", f"--repeats={args.repeats}", "--variants"]
         found = take_turns({name: [sys.executable, __file__, *flags, name] for name in args.variants}, args.repeats)
     print(f"{args.kind}, {len(LENGTHS)} pairs of {LENGTHS[0]} to {LENGTHS[-1]} tokens, {args.repeats} steps")
-    show(found)
-    for own in ("dpo", "rsa"):
-        for other in ("trl+gc", "trl", "trl-tuned"):
-            if own in found and other in found:
-                ratio = {key: found[own][key] / found[other][key] for key in ("seconds", "memory")}
-                print(f"{own} / {other}: {ratio['seconds']:.2f} x the time, {ratio['memory']:.2f} x the memory")
+    show(found, [(own, other) for own in ("dpo", "rsa") for other in ("trl+gc", "trl", "trl-tuned")])
 
 
 if __name__ == "__main__":
