@@ -1,0 +1,126 @@
+"""Commands that read recipes: ls, cp, check, schema, plan. None but plan imports torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from stepwise import recipe as recipes
+from stepwise import recipe_file, recipe_schema
+from stepwise.cli.app import OverridesArgument, RecipeArgument, app, show
+from stepwise.errors import ConfigError
+
+
+@app.command("ls")
+def list_recipes(
+    folder: Annotated[
+        Path | None, typer.Argument(help="A folder of runs, such as runs; without it, the shipped recipes.")
+    ] = None,
+) -> None:
+    """List the shipped recipes, or the runs in a folder."""
+    table = Table(box=None, pad_edge=False)
+    if folder is None:
+        table.add_column("recipe", style="bold", no_wrap=True)
+        table.add_column("what it does")
+        for name, line in recipe_file.shipped():
+            table.add_row(name, line)
+    else:
+        if not folder.is_dir():
+            raise ConfigError("there is no such folder", got=repr(str(folder)), wanted="a folder of runs, such as runs")
+        table.add_column("run", style="bold", no_wrap=True)
+        table.add_column("finished stages")
+        for path in sorted(file.parent for file in folder.glob("*/recipe.yaml")):
+            table.add_row(path.name, _progress(path))
+    show(table)
+
+
+def _progress(path: Path) -> str:
+    from stepwise.run_folder import RunFolder
+
+    folder = RunFolder(path)
+    try:
+        stages = folder.recipe().stages
+    except ConfigError as error:
+        return f"unreadable recipe: {error}"
+    done = [name for number, name in enumerate(stages, 1) if (folder.stage(number, name) / "adapter").is_dir()]
+    return f"{len(done)} of {len(stages)}: {', '.join(done)}" if done else f"0 of {len(stages)}"
+
+
+@app.command("cp")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe.", show_default=False)],
+    path: Annotated[Path | None, typer.Argument(help="New file, or a folder; NAME.yaml if absent.")] = None,
+) -> None:
+    """Copy a shipped recipe, to be edited. An existing file is never overwritten."""
+    text = recipe_file.shipped_text(name)
+    target = path or Path()
+    target = target / f"{name}.yaml" if target.is_dir() else target
+    try:
+        with open(target, "x", encoding="utf-8") as file:
+            file.write(text)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError("cannot write the copy", where=target, got=reason, wanted="a new file") from None
+    typer.echo(f"{target}: check it with 'stepwise check {target}'")
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Check a recipe and show its stages; all errors at once, exit code 2. Loads no model and reads no data."""
+    checked = recipes.load(recipe, overrides or [])
+    typer.echo(f"OK: {checked.name}, seed {checked.seed}, on {checked.model.base} ({checked.model.quantization})")
+    show(_stages(checked))
+    for name, constraint in checked.constraints.items():
+        typer.echo(f"constraint {name}: {_risk(constraint.risk)} of {constraint.cost} <= {constraint.limit:g}")
+    if selection := checked.select:
+        typer.echo(f"then selects the strength of {list(checked.stages)[-1]} on {selection.data.path}")
+    if part := checked.evaluate:
+        scorers = ", ".join([*part.rewards, *part.costs])
+        typer.echo(f"then evaluates {scorers} on {part.data.path}")
+
+
+def _stages(recipe: recipes.Recipe) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "loss", "data", "beta", "alpha", "risk", "epochs", "lr", "batch"):
+        table.add_column(column, overflow="fold")
+    for name, stage in recipe.stages.items():
+        training = recipe.training_of(name)
+        data = " ".join(filter(None, [stage.data.path.rpartition("/")[2], stage.data.label]))
+        loss = ["sft", data, "", "", ""]
+        if isinstance(stage, recipes.RsaStage):
+            alpha = "" if stage.alpha is None else f"{stage.alpha:g}"
+            loss = [stage.loss, data, f"{recipe.resolved_beta(name):g}", alpha, _risk(stage.risk)]
+        elif isinstance(stage, recipes.ScorerStage):
+            loss = [stage.objective, data, "", "", ""]
+        elif isinstance(stage, recipes.RaRlhfStage):
+            loss = [stage.method, data, f"{stage.kl.beta:g}", "" if stage.tail is None else f"{stage.tail.alpha:g}", ""]
+        table.add_row(name, *loss, f"{training.epochs:g}", f"{training.learning_rate:g}", f"{training.batch_size}")
+    return table
+
+
+def _risk(risk: recipes.Risk | None) -> str:
+    return " ".join(str(value) for _, value in risk or () if not isinstance(value, tuple))
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="A reference to read, in place of JSON.")] = False,
+) -> None:
+    """Print the JSON schema of a recipe, for editors: stepwise schema > stepwise.schema.json."""
+    root = recipes.json_schema()
+    typer.echo(recipe_schema.markdown(root) if markdown else json.dumps(root, indent=2), nl=not markdown)
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Show what a run would do: rows, tokens, steps, memory. Trains nothing, downloads nothing."""
+    checked = recipes.load(recipe, overrides or [])
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the libraries are imported
+    from stepwise import plan as plans
+
+    show(plans.plan(checked).render())
