@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -27,9 +27,10 @@ _NAMED = ("lambda/", "slack/")  # followed by the name of a constraint
 
 class Display:
     """A rich console: a progress bar on a terminal, one line per logged step elsewhere; silent on all but the first
-    process."""
+    process. `keep` is handed every warning, so that it outlives the terminal."""
 
     def __init__(self, *, quiet: bool = False) -> None:
+        self.keep: Callable[[str], None] = lambda text: None
         self.console = Console(quiet=quiet, highlight=False)
         if not self.console.is_terminal:  # a file has no width of its own
             self.console.width = 140
@@ -41,6 +42,7 @@ class Display:
     def warn(self, text: str) -> None:
         """One line about what the user should know."""
         self.console.print(f"warning: {text}", style="yellow", markup=False)
+        self.keep(text)
 
     @contextmanager
     def bar(self, title: str) -> Iterator[Bar]:

@@ -55,7 +55,9 @@ def _run_in(path: Path, recipe: Recipe, display: Display | None, *, anew: bool) 
     with checkpoint.exclusive(path):
         folder = RunFolder(path)
         folder.claim(recipe)
-        return _run(recipe, folder, display, anew=anew)
+        display.keep = folder.keep_warning
+        with folder.outcome():
+            return _run(recipe, folder, display, anew=anew)
 
 
 def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> list[Estimate]:

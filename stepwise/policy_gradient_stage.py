@@ -24,6 +24,7 @@ from torch import Tensor
 from stepwise import checkpoint, episodes
 from stepwise.display import Bar
 from stepwise.errors import DataError, ModelError
+from stepwise.footprint import Footprint
 from stepwise.methods import policy_gradient
 from stepwise.methods.policy_gradient import KLController, Ppo
 from stepwise.recipe import RaRlhfStage
@@ -45,7 +46,7 @@ def run_policy_gradient_stage(run: Workspace, name: str, stage: RaRlhfStage, pla
     Raises `DataError` when there are fewer prompts than an iteration asks, `ScoreError` when the reward fails, and
     `NonFiniteError` before an update with a number that is not finite.
     """
-    started = time.monotonic()
+    footprint = Footprint()
     run.display.say(f"[bold]{name}[/bold]: {stage.method}")
     loaded = begin(run, name, stage.data, place, seed=seed)
     scored = ScoredPolicy(run.policy)
@@ -82,10 +83,10 @@ def run_policy_gradient_stage(run: Workspace, name: str, stage: RaRlhfStage, pla
             )
             numbers = {**about["numbers"], **trained}
     if run.main:
-        metrics = {"seconds": time.monotonic() - started, "stage": name, **numbers}
+        metrics = {**footprint.numbers(), "stage": name, **numbers}
         checkpoint.write_text(place / "metrics.json", json.dumps(metrics, indent=1))
     commit(run, place / "adapter", lambda target: run.policy.save_adapter(name, target))
-    run.display.say(f"  {name} took {time.monotonic() - started:.0f} s")
+    run.display.say(f"  {name} took {footprint.seconds:.0f} s")
 
 
 def _play(

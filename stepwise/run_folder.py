@@ -5,6 +5,7 @@ runs/<name>/
   sandbox/  cache/                                  built once
   stages/01-sft/{data.json, round-1/{pairs/, costs/, checkpoints/, adapter/}, adapter/, metrics.json}
   samples/<policy>.parquet  metrics.json
+  outcome.json  warnings.jsonl                      how the last process ended; what it warned of
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from stepwise import checkpoint
-from stepwise.errors import CheckpointError, ConfigError
+from stepwise.errors import CheckpointError, ConfigError, Interrupted, Uncertified
 from stepwise.recipe import Recipe, difference, dump_yaml, load
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "stepwise-align")
@@ -84,6 +86,51 @@ class RunFolder:
             raise ConfigError("This is not the folder of a run", where=self.path, wanted="a folder with recipe.yaml")
         return load(str(owned))
 
+    def keep_warning(self, text: str) -> None:
+        """Append a warning to `warnings.jsonl`."""
+        Log(self.path / "warnings.jsonl").write({"time": _now(), "text": text})
+
+    @contextmanager
+    def outcome(self) -> Iterator[None]:
+        """Keep in `outcome.json` how the work within ends: finished, uncertified, interrupted or failed, and why.
+
+        A process that is killed leaves "running"; `.lock` tells whether it still does.
+        """
+        began = _now()
+
+        def write(state: str, error: BaseException | None = None) -> None:
+            record = {"state": state, "began": began, "ended": None if state == "running" else _now()}
+            why = None if error is None else str(error) or type(error).__name__
+            checkpoint.write_text(self.path / "outcome.json", json.dumps({**record, "error": why}, indent=1))
+
+        write("running")
+        try:
+            yield
+        except BaseException as error:
+            with suppress(CheckpointError):  # a full disk must not hide what went wrong
+                write(_state(error), error)
+            raise
+        write("finished")
+
+
+def _processor() -> str:
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        for name, _, value in (line.partition(":") for line in lines):
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _state(error: BaseException) -> str:
+    if isinstance(error, Uncertified):
+        return "uncertified"
+    return "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
 
 class Log:
     """`log.jsonl`: one object per line; a resumed stage replaces the lines that the lost steps had written."""
@@ -127,12 +174,14 @@ def environment() -> dict[str, Any]:
             packages[name] = version(name)
         except PackageNotFoundError:
             packages[name] = "not installed"
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": _now(),
         "python": platform.python_version(),
         "packages": packages,
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "gpu": gpu,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "gpu": gpu and gpu.name,
+        "gpu_memory_bytes": gpu and gpu.total_memory,
     }

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from stepwise import checkpoint
 from stepwise.classifier import CHAT
 from stepwise.data import Loaded
 from stepwise.encoding import tokenize_pairs, tokenize_texts
+from stepwise.footprint import Footprint
 from stepwise.formats import Text
 from stepwise.methods import scorer
 from stepwise.methods.scorer import PairScores
@@ -42,7 +42,7 @@ _DIRECTION = {
 def run_scorer_stage(run: Workspace, name: str, stage: ScorerStage, place: Path, *, seed: int) -> None:
     """Train, measure on the prompts held out, and leave a Hugging Face sequence classifier in `place`/model, going on
     where an earlier process stopped."""
-    started = time.monotonic()
+    footprint = Footprint()
     run.display.say(f"[bold]{name}[/bold]: {stage.objective} model")
     loaded = begin(run, name, stage.data, place, seed=seed)
     scored = ScoredPolicy(run.policy)
@@ -67,10 +67,10 @@ def run_scorer_stage(run: Workspace, name: str, stage: ScorerStage, place: Path,
     run.display.say(f"  on {len(held_out)} rows held out: {told}")
     commit(run, place / "model", lambda target: _write_model(run, scored, name, stage, loaded, report, target))
     if run.main:
-        about = {"seconds": time.monotonic() - started, "rows": len(rows), "held_out": report}
+        about = {**footprint.numbers(), "rows": len(rows), "held_out": report}
         checkpoint.write_text(place / "metrics.json", json.dumps(_finite(about), indent=1))
     commit(run, place / "adapter", lambda target: scored.save_adapter(name, target))
-    run.display.say(f"  {name} took {time.monotonic() - started:.0f} s; the classifier is in {place / 'model'}")
+    run.display.say(f"  {name} took {footprint.seconds:.0f} s; the classifier is in {place / 'model'}")
 
 
 def objective(scored: ScoredPolicy, stage: ScorerStage) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from stepwise.constraints import multiplier
 from stepwise.data import Loaded
 from stepwise.display import Bar
 from stepwise.errors import ModelError
+from stepwise.footprint import Footprint
 from stepwise.lagrangian import Lagrangian
 from stepwise.losses import ipo_loss, rsa1_loss, rsa_loss
 from stepwise.methods import preference, supervised
@@ -36,7 +36,7 @@ _CHECKED = 4  # rows on which policy and reference are compared before a stage s
 
 def run_stage(run: Workspace, name: str, stage: SftStage | RsaStage, place: Path, *, seed: int) -> None:
     """Train stage `name` in folder `place` and commit its adapter, going on where an earlier process stopped."""
-    started = time.monotonic()
+    footprint = Footprint()
     run.display.say(f"[bold]{name}[/bold]: {stage.method}")
     loaded = begin(run, name, stage.data, place, seed=seed)
     objective, collate = _objective(run, name, stage)
@@ -70,10 +70,10 @@ def run_stage(run: Workspace, name: str, stage: SftStage | RsaStage, place: Path
             steering.load_state_dict(json.loads((part / "adapter" / STEERING).read_text()))
     if run.main:
         last: dict[str, Any] = next((x for x in reversed(run.folder.log.lines()) if x.get("stage") == name), {})
-        about = {"seconds": time.monotonic() - started, **last}
+        about = {**footprint.numbers(), **last}
         checkpoint.write_text(place / "metrics.json", json.dumps(about, indent=1))
     commit(run, place / "adapter", lambda target: _save(run, name, steering, target))
-    run.display.say(f"  {name} took {time.monotonic() - started:.0f} s")
+    run.display.say(f"  {name} took {footprint.seconds:.0f} s")
 
 
 def begin(run: Workspace, name: str, data: Data, place: Path, *, seed: int) -> Loaded:

@@ -78,7 +78,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_leaves_what_the_documentation_says(finished: Path) -> None:
     names = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
     stages = ["01-sft", "02-helpful", "03-safe"]
-    expected = {"recipe.yaml", "environment.json", "log.jsonl", "metrics.json", "sandbox/base/model.safetensors"}
+    expected = {
+        "recipe.yaml",
+        "environment.json",
+        "log.jsonl",
+        "outcome.json",
+        "metrics.json",
+        "sandbox/base/model.safetensors",
+    }
     expected |= {
         f"stages/{s}/adapter/{f}" for s in stages for f in ("adapter_model.safetensors", "adapter_config.json")
     }

@@ -21,6 +21,7 @@ from trials import ROWS
 from stepwise import checkpoint, cli, pipeline  # noqa: F401  imported once, before children are forked
 from stepwise.run_folder import Log
 
+SPENT = ("seconds", "peak_host_bytes")
 RECIPE = """
 name: small
 model: {{base: {base}, dtype: float32}}
@@ -79,7 +80,7 @@ class Run:
             tensors = load_file(place / "adapter" / "adapter_model.safetensors")
             found[place.name] = {name: tensor.tolist() for name, tensor in tensors.items()}
             metrics = json.loads((place / "metrics.json").read_text())
-            found[f"{place.name} metrics"] = {k: v for k, v in metrics.items() if k != "seconds"}
+            found[f"{place.name} metrics"] = {k: v for k, v in metrics.items() if k not in SPENT}
         return found
 
     def until(self, stage: str, step: int, number: int) -> Callable[[int], None]:
