@@ -70,7 +70,7 @@ def verify(folder: Path) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         sums, name = dict(manifest["sha256"]), manifest["folder"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError("The manifest is missing or unreadable", where=folder / MANIFEST) from error
     if name != folder.name:
         raise CheckpointError("The manifest belongs to another folder", where=folder / MANIFEST, got=name)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from stepwise.errors import ConfigError, ModelError
 from stepwise.formats import Messages, as_messages
+from stepwise.model_files import check_complete, check_shards, reading
 from stepwise.policy import count_linear_4bit, cure_cpu_repacking, device, nf4
 
 TEMPLATE = "score_template"  # key of config.json: the template that a model was trained with
@@ -62,11 +64,10 @@ def load_classifier(
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    try:
-        config = AutoConfig.from_pretrained(model, revision=revision)
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise _not_loaded(model, error) from error
+    with _reading(model):
+        check_shards(model, revision)
+        config = AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     published = any(name.endswith("ForScore") for name in config.architectures or ())
     load = _score_model if published else _sequence_classifier
     network, logits, names = load(model, revision=revision, quantization=quantization)
@@ -275,19 +276,11 @@ def _load(kind: Any, model: str, *, revision: str | None, quantization: Literal[
     how: dict[str, Any] = {"dtype": dtype, "device_map": {"": device()}}
     if quantization == "nf4":
         how["quantization_config"] = nf4(dtype, keep=HEADS)
-    try:
+    with _reading(model):
         network, info = kind.from_pretrained(
-            model, revision=revision, use_safetensors=True, output_loading_info=True, **how
+            model, revision=revision, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **how
         )
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
-        raise _not_loaded(model, error) from error
-    if missing := sorted(info["missing_keys"]):
-        raise ModelError(
-            f"{type(network).__name__} has weights that are not in the file and would be random",
-            where=model,
-            got=f"no {', '.join(missing[:3])}",
-            wanted="a model that was trained as a classifier",
-        )
+    check_complete(network, info["missing_keys"], where=model, wanted="a model that was trained as a classifier")
     if quantization == "nf4":
         cure_cpu_repacking(network)
         if count_linear_4bit(network) == 0:
@@ -295,11 +288,9 @@ def _load(kind: Any, model: str, *, revision: str | None, quantization: Literal[
     return network.eval()
 
 
-def _not_loaded(model: str, error: Exception) -> ModelError:
-    return ModelError(
-        f"The classifier {model!r} could not be loaded: {str(error).strip().splitlines()[0]}",
-        wanted="a hub id, or a folder with config.json, *.safetensors and a tokenizer",
-    )
+def _reading(model: str) -> AbstractContextManager[None]:
+    wanted = "a hub id, or a folder with config.json, *.safetensors and a tokenizer"
+    return reading(f"The classifier {model!r}", where=model, wanted=wanted)
 
 
 def _tensors(model: str, revision: str | None, prefix: str) -> dict[str, Tensor]:

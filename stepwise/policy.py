@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwise.errors import ModelError
+from stepwise.model_files import check_complete, check_shards, read_lora, reading
 from stepwise.risk import Mean
 from stepwise.token_stats import Head, token_stats
 
@@ -67,15 +68,15 @@ class Policy:
         arguments: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, "device_map": {"": device()}}
         if quantization == "nf4":
             arguments["quantization_config"] = nf4(dtype)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(base, revision=revision, use_safetensors=True, **arguments)
-            tokenizer = AutoTokenizer.from_pretrained(base, revision=revision)
-        except (OSError, ValueError, ImportError) as error:
-            raise ModelError(
-                f"The model {base!r} could not be loaded: {str(error).strip().splitlines()[0]}",
-                where="model.base",
-                wanted="a hub id, or a folder with config.json, *.safetensors and a tokenizer",
-            ) from error
+        wanted = "a hub id, or a folder with config.json, *.safetensors and a tokenizer"
+        with reading(f"The model {base!r}", where="model.base", wanted=wanted):
+            check_shards(base, revision)
+            named: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+            tokenizer = AutoTokenizer.from_pretrained(base, **named)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                base, use_safetensors=True, output_loading_info=True, **named, **arguments
+            )
+            check_complete(model, info["missing_keys"], where="model.base", wanted="a folder with all its weights")
         if quantization == "nf4":
             cure_cpu_repacking(model)
             if count_linear_4bit(model) == 0:
@@ -95,25 +96,18 @@ class Policy:
     def push(self, name: str, *, rank: int, alpha: float, targets: str | Sequence[str] = "all-linear") -> None:
         """Put a new adapter on top of the stack and make it the only trainable one. Its effect starts at exactly
         zero."""
-        from peft import LoraConfig
-
-        self._push(
-            name,
-            LoraConfig(
-                r=rank,
-                lora_alpha=alpha,
-                lora_dropout=0.0,  # policy and reference must differ by the top adapter alone
-                target_modules=targets if isinstance(targets, str) else list(targets),
-                task_type="CAUSAL_LM",
-            ),
-        )
-
-    def _push(self, name: str, config: Any) -> None:
-        from peft import get_peft_model
+        from peft import LoraConfig, get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         if name in self.names:
             raise ModelError(f"The stack already has an adapter {name!r}", got=self.names, wanted="a new name")
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # peft multiplies by it; a fraction is as good
+            lora_dropout=0.0,  # policy and reference must differ by the top adapter alone
+            target_modules=targets if isinstance(targets, str) else list(targets),
+            task_type="CAUSAL_LM",
+        )
         config.base_model_name_or_path = self._base.name_or_path
         try:
             with warnings.catch_warnings():  # peft asks transformers by a name that is being retired
@@ -248,11 +242,10 @@ class Policy:
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Push an adapter that `save_adapter` wrote. Only safetensors are read, never a pickle."""
-        from peft import LoraConfig
-
         if not (folder / ADAPTER_WEIGHTS).is_file():
             raise ModelError(f"No adapter {name!r} to load", where=folder, wanted=f"a folder with {ADAPTER_WEIGHTS}")
-        self._push(name, LoraConfig.from_pretrained(str(folder)))
+        rank, alpha, targets = read_lora(folder / "adapter_config.json")
+        self.push(name, rank=rank, alpha=alpha, targets=targets)
         self.load_weights(name, folder)
 
     def load_weights(self, name: str, folder: Path) -> None:
@@ -260,13 +253,15 @@ class Policy:
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
         from safetensors.torch import load_file
 
-        state = load_file(folder / ADAPTER_WEIGHTS)
+        path = folder / ADAPTER_WEIGHTS
+        with reading(f"The adapter {name!r}", where=str(path), wanted="a file of safetensors"):
+            state = load_file(path)
         own = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
         differing = sorted(set(state) ^ set(own)) or sorted(k for k in own if state[k].shape != own[k].shape)
         if differing:
             raise ModelError(
                 f"The adapter {name!r} does not fit this base model",
-                where=f"{folder / ADAPTER_WEIGHTS}, {differing[0]}",
+                where=f"{path}, {differing[0]}",
                 got=f"{len(differing)} tensors that are missing, unknown or of another shape",
                 wanted="an adapter trained on the same base with the same rank and targets",
             )
