@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 # The numbers worth a place beside the bar, and their short names there.
@@ -26,14 +26,17 @@ _NAMED = ("lambda/", "slack/")  # followed by the name of a constraint
 
 
 class Display:
-    """A rich console: a progress bar on a terminal, one line per logged step elsewhere; silent on all but the first
-    process. `keep` is handed every warning, so that it outlives the terminal."""
+    """Rich consoles: on stderr a progress bar, or one line per logged step where it is no terminal; results on stdout.
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    quiet: no progress, but warnings; results: whether tables are printed; silent: nothing at all, for all processes
+    but the first. `keep` is handed every warning, so that it outlives the terminal.
+    """
+
+    def __init__(self, *, quiet: bool = False, results: bool = True, silent: bool = False) -> None:
         self.keep: Callable[[str], None] = lambda text: None
-        self.console = Console(quiet=quiet, highlight=False)
-        if not self.console.is_terminal:  # a file has no width of its own
-            self.console.width = 140
+        self.console = _console(stderr=True, quiet=quiet or silent)
+        self._warnings = _console(stderr=True, quiet=silent)
+        self._results = _console(stderr=False, quiet=silent or not results)
 
     def say(self, text: str) -> None:
         """One line about what happens now."""
@@ -41,8 +44,13 @@ class Display:
 
     def warn(self, text: str) -> None:
         """One line about what the user should know."""
-        self.console.print(f"warning: {text}", style="yellow", markup=False)
+        console = self._warnings if self.console.quiet else self.console  # a console breaks its own bar alone
+        console.print(f"warning: {text}", style="yellow", markup=False)
         self.keep(text)
+
+    def result(self, content: RenderableType) -> None:
+        """What was asked for, such as a table."""
+        self._results.print(content)
 
     @contextmanager
     def bar(self, title: str) -> Iterator[Bar]:
@@ -53,6 +61,13 @@ class Display:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, TextColumn("{task.fields[numbers]}"), console=self.console) as progress:
             yield Bar(self.console, progress, title)
+
+
+def _console(*, stderr: bool, quiet: bool) -> Console:
+    console = Console(stderr=stderr, quiet=quiet, highlight=False)
+    if not console.is_terminal:  # a file has no width of its own
+        console.width = 140
+    return console
 
 
 class Bar:

@@ -5,6 +5,8 @@ All are `ValueError`s. The command line prints the message without a traceback a
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class StepwiseError(ValueError):
     """Base of the errors raised for bad input; `exit_code` is what the command line returns."""
@@ -40,6 +42,15 @@ class ScoreError(StepwiseError):
 
 class CheckpointError(StepwiseError):
     """A checkpoint or run folder is damaged, foreign or in use."""
+
+
+class OtherRecipe(CheckpointError):
+    """A run folder belongs to another recipe; `changes` has (dotted key, its value there, its value here)."""
+
+    def __init__(self, what: str, changes: list[tuple[str, Any, Any]], *, where: object, wanted: object) -> None:
+        self.changes = changes
+        keys = ", ".join(key for key, *_ in changes)
+        super().__init__(what, where=where, got=f"other values of {keys}", wanted=wanted)
 
 
 class Uncertified(StepwiseError):

@@ -44,9 +44,9 @@ def evaluate(run: Workspace, *, anew: bool = False) -> list[Estimate]:
     text = json.dumps([asdict(e) for e in (*estimates, *changes)], indent=1, allow_nan=False)
     checkpoint.write_text(run.folder.path / "metrics.json", text)
     ledger.remove()
-    run.display.console.print(render(estimates))
+    run.display.result(render(estimates))
     shown = [c for c in changes if c.kind == "relative" and c.stratum == ALL and c.metric.startswith(_SCORES)]
-    run.display.console.print(render(shown, title="change from policy to policy"))
+    run.display.result(render(shown, title="change from policy to policy"))
     return estimates
 
 

@@ -47,7 +47,7 @@ def run(recipe: Recipe, output: Path | None = None, *, display: Display | None =
 
 def _run_in(path: Path, recipe: Recipe, display: Display | None, *, anew: bool) -> list[Estimate]:
     main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
-    display = display or Display(quiet=not main)
+    display = (display or Display()) if main else Display(silent=True)
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if not main:
@@ -130,7 +130,7 @@ def evaluate_run(path: Path, *, display: Display | None = None) -> list[Estimate
     """
     folder = RunFolder(path)
     recipe = folder.recipe()
-    missing = [n for i, n in enumerate(recipe.stages, 1) if not (folder.stage(i, n) / "adapter").is_dir()]
+    missing = [name for name in recipe.stages if name not in folder.finished(recipe)]
     if missing or recipe.evaluate is None:
         raise ConfigError(
             "This run cannot be evaluated",

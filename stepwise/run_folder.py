@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from stepwise import checkpoint
-from stepwise.errors import CheckpointError, ConfigError, Interrupted, Uncertified
+from stepwise.errors import CheckpointError, ConfigError, Interrupted, OtherRecipe, Uncertified
 from stepwise.recipe import Recipe, difference, dump_yaml, load
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "stepwise-align")
@@ -43,8 +43,8 @@ class RunFolder:
         """Write the recipe into a new folder, or check that the folder belongs to this recipe.
 
         What killed processes left behind is removed. Until a stage has begun, the recipe may still change: a first
-        attempt that failed on a wrong path does not take the folder. Raises `CheckpointError` naming every differing
-        key when the folder belongs to another recipe, or when the folder holds something that is not a run.
+        attempt that failed on a wrong path does not take the folder. Raises `OtherRecipe` naming every differing key
+        when the folder belongs to another recipe, `CheckpointError` when it holds something that is not a run.
         """
         owned = self.path / "recipe.yaml"
         if not owned.exists():
@@ -68,16 +68,22 @@ class RunFolder:
             )
 
     def _refuse_changes(self, recipe: Recipe) -> None:
-        differing = difference(self.recipe(), recipe)
-        if differing:
-            shown = "; ".join(f"{key}: {old!r} -> {new!r}" for key, old, new in differing[:_SHOWN])
-            more = len(differing) - _SHOWN
-            raise CheckpointError(
+        if differing := difference(self.recipe(), recipe):
+            raise OtherRecipe(
                 "The output folder belongs to another recipe",
+                differing,
                 where=self.path,
-                got=shown + (f"; and {more} more" if more > 0 else ""),
                 wanted="the same recipe, or another folder (--output DIR, or another `name`)",
             )
+
+    def finished(self, recipe: Recipe) -> list[str]:
+        """Names of the stages that are trained."""
+        return [name for i, name in enumerate(recipe.stages, 1) if (self.stage(i, name) / "adapter").is_dir()]
+
+    def saved(self, recipe: Recipe) -> str:
+        """In words what an interrupted run goes on from."""
+        stages = ", ".join(self.finished(recipe)) or "none"
+        return f"{self.path}: finished stages: {stages}; of the next one its newest checkpoint and finished batches"
 
     def recipe(self) -> Recipe:
         """The recipe that owns the folder. Raises `ConfigError` when this is not a run."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from stepwise import __version__, recipe
@@ -49,6 +50,33 @@ def test_help_names_every_command() -> None:
     for command in ("ls", "cp", "check", "schema", "plan", "run", "evaluate", "pairs", "probe"):
         assert f" {command} " in shown
         assert len(call(command, "--help").stdout) > 200
+
+
+@pytest.mark.parametrize("command", sorted(get_command(app).commands))
+def test_every_command_has_the_options_of_every_command(command: str) -> None:
+    options = [name for option in get_command(app).commands[command].params for name in option.opts]
+    assert sorted(set(options)) == sorted(options)
+    assert {"--quiet", "--json", "--debug"} <= set(options)
+
+
+def test_json_is_all_of_stdout_before_and_after_the_command(tmp_path: Path) -> None:
+    for arguments in (["--json", "check", "quickstart"], ["check", "quickstart", "--json"]):
+        assert json.loads(call(*arguments).stdout)["stages"]["safe"]["method"] == "rsa"
+    assert json.loads(call("ls", "--json").stdout)[0].keys() == {"recipe", "about"}
+    copied = json.loads(call("cp", "rsa_local", str(tmp_path), "--json").stdout)
+    assert copied == {"path": str(tmp_path / "rsa_local.yaml")}
+    assert json.loads(call("schema", "--markdown", "--json").stdout) == json.loads(call("schema").stdout)
+    assert call("check", "quickstart").stdout.startswith("OK: ")  # the options of one call end with it
+
+
+def test_completion_offers_commands_and_recipes() -> None:
+    def complete(words: str) -> str:
+        environment = {"_STEPWISE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        return CliRunner(env=environment).invoke(app, [], prog_name="stepwise").stdout
+
+    assert complete("stepwise sch").split() == ["schema"]
+    assert complete("stepwise run quick").split() == ["quickstart"]
+    assert {"--quiet", "--json"} <= set(complete("stepwise run --").split())
 
 
 def test_version() -> None:
@@ -146,18 +174,34 @@ def test_schema_prints_json_that_describes_recipes() -> None:
 
 @pytest.mark.parametrize("code", [2, 4, 130])
 def test_the_exit_code_of_an_error_is_that_of_its_class(code: int, tmp_path: Path) -> None:
-    raised = {2: "ConfigError('x')", 4: "NonFiniteError('x')", 130: "KeyboardInterrupt()"}[code]
-    script = (
-        "import sys, types; from stepwise.errors import *\n"
-        f"def run(recipe, output): raise {raised}\n"
-        "import stepwise; module = types.ModuleType('stepwise.pipeline'); module.run = run\n"
-        "sys.modules['stepwise.pipeline'] = stepwise.pipeline = module\n"
-        "sys.argv = ['stepwise', 'run', 'quickstart']\n"
-        "from stepwise.cli import main; main()"
-    )
-    done = python(script)
+    done = run_that_raises({2: "ConfigError('x')", 4: "NonFiniteError('x')", 130: "KeyboardInterrupt()"}[code])
     assert done.returncode == code
     assert "Traceback" not in done.stderr
+
+
+def run_that_raises(error: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return python(
+        "import sys, types; from stepwise.errors import *\n"
+        f"def run(recipe, output, display): raise {error}\n"
+        "import stepwise; module = types.ModuleType('stepwise.pipeline'); module.run = run\n"
+        "sys.modules['stepwise.pipeline'] = stepwise.pipeline = module\n"
+        f"sys.argv = ['stepwise', 'run', 'quickstart', *{options}]\n"
+        "from stepwise.cli import main; main()"
+    )
+
+
+def test_a_bug_is_called_one_and_shows_its_traceback_when_asked() -> None:
+    done = run_that_raises("ZeroDivisionError('of ours')")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: ZeroDivisionError: of ours\nThis is a bug of stepwise")
+    assert "--debug shows the traceback" in done.stderr and "Traceback" not in done.stderr
+    assert "Traceback" in run_that_raises("ZeroDivisionError('of ours')", "--debug").stderr
+
+
+def test_a_pipe_that_closes_early_is_no_bug() -> None:
+    command = f"{Path(sys.executable).with_name('stepwise')} ls | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert "bug" not in done.stderr
 
 
 def test_pairs_refuses_values_out_of_range() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from stepwise import recipe as recipes
 from stepwise import recipe_file, recipe_schema
@@ -25,30 +28,33 @@ def list_recipes(
     """List the shipped recipes, or the runs in a folder."""
     table = Table(box=None, pad_edge=False)
     if folder is None:
+        found: list[dict[str, Any]] = [{"recipe": name, "about": line} for name, line in recipe_file.shipped()]
         table.add_column("recipe", style="bold", no_wrap=True)
         table.add_column("what it does")
-        for name, line in recipe_file.shipped():
-            table.add_row(name, line)
+        for recipe in found:
+            table.add_row(*recipe.values())
     else:
         if not folder.is_dir():
             raise ConfigError("there is no such folder", got=repr(str(folder)), wanted="a folder of runs, such as runs")
         table.add_column("run", style="bold", no_wrap=True)
         table.add_column("finished stages")
-        for path in sorted(file.parent for file in folder.glob("*/recipe.yaml")):
-            table.add_row(path.name, _progress(path))
-    show(table)
+        found = [_progress(path) for path in sorted(file.parent for file in folder.glob("*/recipe.yaml"))]
+        for run in found:
+            done, stages = run.get("finished", []), run.get("stages", [])
+            told = f"{len(done)} of {len(stages)}" + (f": {', '.join(done)}" if done else "")
+            table.add_row(run["run"], run.get("error", told))
+    show(table, found)
 
 
-def _progress(path: Path) -> str:
+def _progress(path: Path) -> dict[str, Any]:
     from stepwise.run_folder import RunFolder
 
     folder = RunFolder(path)
     try:
-        stages = folder.recipe().stages
+        recipe = folder.recipe()
     except ConfigError as error:
-        return f"unreadable recipe: {error}"
-    done = [name for number, name in enumerate(stages, 1) if (folder.stage(number, name) / "adapter").is_dir()]
-    return f"{len(done)} of {len(stages)}: {', '.join(done)}" if done else f"0 of {len(stages)}"
+        return {"run": path.name, "error": f"unreadable recipe: {error}"}
+    return {"run": path.name, "stages": list(recipe.stages), "finished": folder.finished(recipe)}
 
 
 @app.command("cp")
@@ -66,22 +72,24 @@ def copy_recipe(
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError("cannot write the copy", where=target, got=reason, wanted="a new file") from None
-    typer.echo(f"{target}: check it with 'stepwise check {target}'")
+    show(f"{target}: check it with 'stepwise check {target}'", {"path": str(target)})
 
 
 @app.command()
 def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Check a recipe and show its stages; all errors at once, exit code 2. Loads no model and reads no data."""
     checked = recipes.load(recipe, overrides or [])
-    typer.echo(f"OK: {checked.name}, seed {checked.seed}, on {checked.model.base} ({checked.model.quantization})")
-    show(_stages(checked))
-    for name, constraint in checked.constraints.items():
-        typer.echo(f"constraint {name}: {_risk(constraint.risk)} of {constraint.cost} <= {constraint.limit:g}")
+    title = f"OK: {checked.name}, seed {checked.seed}, on {checked.model.base} ({checked.model.quantization})"
+    after = [
+        f"constraint {name}: {_risk(constraint.risk)} of {constraint.cost} <= {constraint.limit:g}"
+        for name, constraint in checked.constraints.items()
+    ]
     if selection := checked.select:
-        typer.echo(f"then selects the strength of {list(checked.stages)[-1]} on {selection.data.path}")
+        after.append(f"then selects the strength of {list(checked.stages)[-1]} on {selection.data.path}")
     if part := checked.evaluate:
         scorers = ", ".join([*part.rewards, *part.costs])
-        typer.echo(f"then evaluates {scorers} on {part.data.path}")
+        after.append(f"then evaluates {scorers} on {part.data.path}")
+    show(Group(Text(title), _stages(checked), *map(Text, after)), checked.model_dump(mode="json"))
 
 
 def _stages(recipe: recipes.Recipe) -> Table:
@@ -109,11 +117,11 @@ def _risk(risk: recipes.Risk | None) -> str:
 
 @app.command()
 def schema(
-    markdown: Annotated[bool, typer.Option("--markdown", help="A reference to read, in place of JSON.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="A reference to read, in place of the schema.")] = False,
 ) -> None:
     """Print the JSON schema of a recipe, for editors: stepwise schema > stepwise.schema.json."""
     root = recipes.json_schema()
-    typer.echo(recipe_schema.markdown(root) if markdown else json.dumps(root, indent=2), nl=not markdown)
+    show(Text(recipe_schema.markdown(root).rstrip("\n") if markdown else json.dumps(root, indent=1)), root)
 
 
 @app.command()
@@ -123,4 +131,5 @@ def plan(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when the libraries are imported
     from stepwise import plan as plans
 
-    show(plans.plan(checked).render())
+    planned = plans.plan(checked)
+    show(planned.render(), dataclasses.asdict(planned))

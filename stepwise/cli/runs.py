@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from stepwise import recipe as recipes
-from stepwise.cli.app import OverridesArgument, RecipeArgument, app
+from stepwise.cli.app import OverridesArgument, RecipeArgument, app, display, going_on, show
+from stepwise.run_folder import RunFolder
 
 
 @app.command()
@@ -19,9 +22,12 @@ def run(
 ) -> None:
     """Run a recipe, or go on with it: the same command resumes where an earlier one stopped."""
     checked = recipes.load(recipe, overrides or [])
-    from stepwise import pipeline
+    folder = output or Path("runs") / checked.name
+    with _working_in(folder, checked):
+        from stepwise import pipeline
 
-    pipeline.run(checked, output)
+        pipeline.run(checked, folder, display=display())
+    _show_run(folder)
 
 
 @app.command()
@@ -29,6 +35,19 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)],
 ) -> None:
     """Evaluate a finished run again."""
-    from stepwise import pipeline
+    with _working_in(folder, RunFolder(folder).recipe()):
+        from stepwise import pipeline
 
-    pipeline.evaluate_run(folder)
+        pipeline.evaluate_run(folder, display=display())
+    _show_run(folder)
+
+
+def _working_in(folder: Path, recipe: recipes.Recipe) -> AbstractContextManager[None]:
+    return going_on(lambda: RunFolder(folder).saved(recipe))
+
+
+def _show_run(folder: Path) -> None:
+    """The tables were printed on the way."""
+    metrics = folder / "metrics.json"
+    found = json.loads(metrics.read_text()) if metrics.is_file() else []
+    show(f"Everything is in {folder}", {"run": str(folder), "metrics": found})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,7 +9,7 @@ import typer
 
 from stepwise import recipe as recipes
 from stepwise import recipe_schema, recipe_scorers
-from stepwise.cli.app import app, show
+from stepwise.cli.app import app, going_on, show
 from stepwise.errors import ConfigError
 
 
@@ -37,16 +36,17 @@ def pairs(
     from stepwise.data import Source
     from stepwise.sampling import Decoding
 
-    made = pipeline.make_pairs(
-        model,
-        Source(prompts, "prompts", limit=limit),
-        Decoding(max_new_tokens, temperature, batch_size=batch_size, seed=seed),
-        scorer=scorer,
-        prefer=prefer,
-        samples=samples,
-        output=output,
-    )
-    typer.echo(f"{output}: {made} pairs")
+    with going_on(lambda: f"every finished batch, beside {output}"):
+        made = pipeline.make_pairs(
+            model,
+            Source(prompts, "prompts", limit=limit),
+            Decoding(max_new_tokens, temperature, batch_size=batch_size, seed=seed),
+            scorer=scorer,
+            prefer=prefer,
+            samples=samples,
+            output=output,
+        )
+    show(f"{output}: {made} pairs", {"path": str(output), "pairs": made})
 
 
 @app.command()
@@ -70,7 +70,6 @@ def probe(
         Path | None, typer.Option(help="File of rows with prompt and completion; examples if absent.")
     ] = None,
     reward: Annotated[bool, typer.Option("--reward", help="Larger is better: the lowest rows are the worst.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Try out a cost or reward model: is it sound, how fast is it, what does it find worst? Exit code 2 if unsound."""
     if recipe is None:
@@ -82,10 +81,7 @@ def probe(
 
     rows = probes.examples() if data is None else probes.read_rows(data)
     report = probes.probe(resolve(spec), rows, name=target, larger_is_better=reward)
-    if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=1, allow_nan=False))
-    else:
-        show(probes.render(report))
+    show(probes.render(report), report.to_json())
     if not report.sound:
         raise typer.Exit(2)
 

@@ -128,6 +128,45 @@ def test_a_stopped_command_says_how_to_go_on_and_the_same_command_goes_on_exactl
     assert new.result() == finished
 
 
+def test_ctrl_c_outside_a_training_says_what_is_saved(new: Run, finished: dict[str, object]) -> None:
+    scorer, called = new.output.with_name("slow.py"), new.output.with_name("called")
+    scorer.write_text(f"""
+import pathlib, time
+def cost(completions, **columns):
+    pathlib.Path({str(called)!r}).touch()
+    time.sleep(60)
+""")
+    with new.recipe.open("a") as recipe:
+        recipe.write(f"""
+evaluate: {{data: {{path: {new.texts}, format: prompts}}, costs: {{slow: "{scorer}:cost"}}, max_new_tokens: 4}}
+""")
+
+    def watch(pid: int) -> None:
+        while not called.exists():
+            assert os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+            time.sleep(0.002)
+        os.kill(pid, signal.SIGINT)
+
+    ended, said = new(watch)
+    assert ended.code == 130, said
+    assert "finished stages: first, second" in said and "The same command goes on" in said and "Traceback" not in said
+    assert json.loads((new.output / "outcome.json").read_text())["state"] == "interrupted"
+    assert new.result() == finished
+
+
+def test_a_changed_recipe_is_refused_with_what_differs(new: Run) -> None:
+    assert new(new.until("first", 2, signal.SIGTERM))[0].code == 143
+    old = new.recipe.read_text()
+    new.recipe.write_text(old.replace("beta: 0.3", "beta: 0.2").replace("rank: 4", "rank: 8"))
+    ended, said = new()
+    assert ended.code == 2
+    assert "other values of lora.rank, stages.second.beta" in said
+    difference = ["- lora.rank: 4", "+ lora.rank: 8", "- stages.second.beta: 0.3", "+ stages.second.beta: 0.2"]
+    assert [line for line in said.splitlines() if line.startswith(("- ", "+ "))] == difference
+    new.recipe.write_text(old)
+    assert new()[0].code == 0
+
+
 def test_a_command_killed_over_and_over_ends_as_if_nothing_had_happened(new: Run, finished: dict[str, object]) -> None:
     for stage, step in (("first", 2), ("first", 5), ("second", 1), ("second", 8), ("second", 10)):
         ended, said = new(new.until(stage, step, signal.SIGKILL))
