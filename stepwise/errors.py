@@ -65,6 +65,12 @@ class NonFiniteError(StepwiseError):
     exit_code = 4
 
 
+class InVain(StepwiseError):
+    """Training shows that going on would be useless; everything trained so far is kept."""
+
+    exit_code = 5
+
+
 class Interrupted(StepwiseError):
     """A signal ended the work after a finished step; `exit_code` is 128 + the signal's number."""
 

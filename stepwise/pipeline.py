@@ -22,7 +22,7 @@ from stepwise.measure import evaluate
 from stepwise.pairing import sample_pairs, write_pairs
 from stepwise.policy import Policy
 from stepwise.policy_gradient_stage import run_policy_gradient_stage
-from stepwise.recipe import RaRlhfStage, Recipe, RsaStage, ScorerStage
+from stepwise.recipe import EpisodesStage, Recipe, RsaStage, ScorerStage
 from stepwise.recipe_scorers import Spec
 from stepwise.run_folder import RunFolder
 from stepwise.sampling import Decoding
@@ -102,7 +102,7 @@ def _train(work: Workspace, name: str, place: Path, *, seed: int) -> None:
     stage = work.recipe.stages[name]
     if isinstance(stage, ScorerStage):
         run_scorer_stage(work, name, stage, place, seed=seed)
-    elif isinstance(stage, RaRlhfStage):
+    elif isinstance(stage, EpisodesStage):
         run_policy_gradient_stage(work, name, stage, place, seed=seed)
     else:
         run_stage(work, name, stage, place, seed=seed)
@@ -114,7 +114,7 @@ def _scorers(recipe: Recipe) -> Iterator[str | Spec]:
             yield stage.on_policy.scorer
         if isinstance(stage, RsaStage) and stage.pair_risk is not None and stage.pair_risk.cost is not None:
             yield stage.pair_risk.cost
-        if isinstance(stage, RaRlhfStage):
+        if isinstance(stage, EpisodesStage):
             yield stage.reward
     yield from (constraint.cost for constraint in recipe.constraints.values())
     if recipe.select is not None:

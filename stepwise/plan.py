@@ -23,9 +23,11 @@ from stepwise.plan_rows import Found, Reader, longest_batch, longest_prompt
 from stepwise.policy import device
 from stepwise.recipe import (
     AnyStage,
+    EpisodesStage,
     Evaluate,
     MixtureRisk,
     OnPolicy,
+    PpoLagrangianStage,
     RaRlhfStage,
     Recipe,
     RsaStage,
@@ -131,7 +133,7 @@ def _write_sandbox(part: Sandbox, folder: Path) -> None:
 
 def _stage(recipe: Recipe, name: str, reader: Reader, bytes_of: _Bytes | None) -> StagePlan:
     stage, training = recipe.stages[name], recipe.training_of(name)
-    if isinstance(stage, RaRlhfStage):
+    if isinstance(stage, EpisodesStage):
         return _episodes(recipe, name, stage, reader, bytes_of)
     found, notes = reader.rows(stage.data, reader.tokenize(stage, training))
     on_policy = stage.on_policy if isinstance(stage, RsaStage) else None
@@ -151,7 +153,7 @@ def _stage(recipe: Recipe, name: str, reader: Reader, bytes_of: _Bytes | None) -
     )
 
 
-def _episodes(recipe: Recipe, name: str, stage: RaRlhfStage, reader: Reader, bytes_of: _Bytes | None) -> StagePlan:
+def _episodes(recipe: Recipe, name: str, stage: EpisodesStage, reader: Reader, bytes_of: _Bytes | None) -> StagePlan:
     """Iterations are rounds; the rows of each are at most its episodes."""
     training = recipe.training_of(name)
     found, notes = reader.rows(stage.data, reader.tokenize(stage, training))
@@ -195,6 +197,9 @@ def _objective(stage: AnyStage) -> str:
         return "sft"
     if isinstance(stage, ScorerStage):
         return f"{stage.objective} model, {stage.held_out:.0%} of the prompts held out"
+    if isinstance(stage, PpoLagrangianStage):
+        moved = f"lambda by {stage.multiplier.kind}" + ("" if stage.ptx is None else f", ptx {stage.ptx.weight:g}")
+        return f"{stage.method}, {stage.batch} episodes, reward {stage.reward} under the constraints, {moved}"
     if isinstance(stage, RaRlhfStage):
         which = _named(stage.risk) if stage.tail is None else f"the worst {stage.tail.alpha:g}"
         return f"{stage.method}, {which} of {stage.batch} episodes by {stage.rank_by}, reward {stage.reward}"
@@ -298,7 +303,7 @@ class _Bytes:
         if isinstance(stage, RsaStage) and stage.on_policy is not None:
             sequences, new = 2 * limits.micro_batch, stage.on_policy.max_new_tokens
             return Batch(sequences, longest_prompt(found, limits.max_prompt_length) + new, sequences * new)
-        if isinstance(stage, RaRlhfStage):
+        if isinstance(stage, EpisodesStage):
             new = stage.max_new_tokens
             longest = longest_prompt(found, limits.max_prompt_length) + new
             return Batch(limits.micro_batch, longest, limits.micro_batch * new)

@@ -12,47 +12,56 @@ import json
 import math
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
-from torch import Tensor
+from torch import nn
 
 from stepwise import checkpoint, episodes
+from stepwise.credit import Constrained, Crediting, RiskAverse
 from stepwise.display import Bar
+from stepwise.encoding import tokenize_texts
+from stepwise.episodes import Episodes
 from stepwise.errors import DataError, ModelError
 from stepwise.footprint import Footprint
 from stepwise.methods import policy_gradient
-from stepwise.methods.policy_gradient import KLController, Ppo
-from stepwise.recipe import RaRlhfStage
-from stepwise.risk import build
+from stepwise.methods.policy_gradient import KLController, Ppo, WithDemonstrations
+from stepwise.recipe import EpisodesStage, PpoLagrangianStage, RaRlhfStage
+from stepwise.recipe_policy_gradient import Sampler
 from stepwise.sampling import Decoding, Prompts
 from stepwise.scored_policy import ScoredPolicy
+from stepwise.scoring import Scorer
 from stepwise.stages import begin, commit, training_of
 from stepwise.targets import resolve
+from stepwise.tokens import Tokens
 from stepwise.train import Training, train
+from stepwise.vigil import Vigil
 from stepwise.workspace import Workspace
 
 _SAMPLED = 256  # episodes sampled, scored and measured at once
 _AT_THE_END = 10**9  # steps; the last one is always saved
 
 
-def run_policy_gradient_stage(run: Workspace, name: str, stage: RaRlhfStage, place: Path, *, seed: int) -> None:
+def run_policy_gradient_stage(run: Workspace, name: str, stage: EpisodesStage, place: Path, *, seed: int) -> None:
     """Train stage `name` in folder `place` and commit its adapter, going on where an earlier process stopped.
 
-    Raises `DataError` when there are fewer prompts than an iteration asks, `ScoreError` when the reward fails, and
-    `NonFiniteError` before an update with a number that is not finite.
+    Raises `DataError` when there are fewer prompts than an iteration asks, `ScoreError` when a scorer fails,
+    `NonFiniteError` before an update with a number that is not finite, and `InVain` when iterations in a row show that
+    training on would be useless.
     """
     footprint = Footprint()
     run.display.say(f"[bold]{name}[/bold]: {stage.method}")
     loaded = begin(run, name, stage.data, place, seed=seed)
-    scored = ScoredPolicy(run.policy)
+    scorers = _scorers(run, stage)
+    scored = ScoredPolicy(run.policy, outputs=len(scorers))
     prompts = run.prompts(loaded, max_prompt_length=run.recipe.training_of(name).max_prompt_length)
-    objective = Ppo(scored, clip=stage.clip, clip_value=stage.clip_value, value_weight=stage.value_weight)
-    training = training_of(run.recipe, name, seed)
+    table = _Table(run, name, stage, scorers, prompts, _demonstrations(run, name, stage), seed)
+    objective, training = _objective(scored, stage), training_of(run.recipe, name, seed)
+    for told in doubts(stage):
+        run.display.warn(told)
     begun = max((_number(part.parent) for part in place.glob("iteration-*/episodes")), default=0)
     numbers: dict[str, Any] = {}
     with run.display.bar(name) as bar:
@@ -63,8 +72,7 @@ def run_policy_gradient_stage(run: Workspace, name: str, stage: RaRlhfStage, pla
             if run.main and not (part / "episodes").is_dir():
                 if start is not None:
                     scored.load_weights(name, start)
-                controller = _controller(stage, before if iteration else None)
-                _play(run, scored, stage, _draw(prompts, stage, iteration, seed), controller, part, monitor, seed)
+                table.play(scored, part, before if iteration else None, monitor)
             PartialState().wait_for_everyone()
             checkpoint.verify(part / "episodes")
             if run.main and iteration > 1:
@@ -89,50 +97,122 @@ def run_policy_gradient_stage(run: Workspace, name: str, stage: RaRlhfStage, pla
     run.display.say(f"  {name} took {footprint.seconds:.0f} s")
 
 
-def _play(
-    run: Workspace,
-    scored: ScoredPolicy,
-    stage: RaRlhfStage,
-    prompts: Prompts,
-    controller: KLController,
-    part: Path,
-    monitor: _Monitor,
-    seed: int,
-) -> None:
-    """Sample the episodes of an iteration, decide which count, and commit them as rows to train on."""
-    iteration, beta = _number(part), controller.beta
-    decoding = Decoding(stage.max_new_tokens, batch_size=_SAMPLED, seed=seed * 1_000_003 + iteration)
-    reward, name = resolve(stage.reward), str(stage.reward)
-    played = episodes.play(scored, prompts, decoding, scorer=reward, name=name, samples=stage.samples)
-    if iteration == 0 and bool(played.log_ratio_BT.any()):
+def _scorers(run: Workspace, stage: EpisodesStage) -> dict[str, Scorer]:
+    """The reward, then the cost of every constraint that the stage keeps."""
+    found = {str(stage.reward): resolve(stage.reward)}
+    if isinstance(stage, PpoLagrangianStage):
+        found |= {f"cost {name}": run.constraint(name).cost for name in run.recipe.constraints}
+    return found
+
+
+def _demonstrations(run: Workspace, name: str, stage: EpisodesStage) -> Tokens | None:
+    if not isinstance(stage, PpoLagrangianStage) or stage.ptx is None:
+        return None
+    limit = run.recipe.training_of(name).max_length
+    return run.tokens(tokenize_texts, run.load(stage.ptx.data), max_length=limit, eos_id=run.policy.eos_id)
+
+
+def _objective(scored: ScoredPolicy, stage: EpisodesStage) -> nn.Module:
+    """Without a critic its loss weighs nothing and its head stays at zero."""
+    ppo = Ppo(scored, clip=stage.clip, clip_value=stage.clip_value or 1.0, value_weight=stage.value_weight or 0.0)
+    if isinstance(stage, PpoLagrangianStage) and stage.ptx is not None:
+        return WithDemonstrations(ppo, weight=stage.ptx.weight)
+    return ppo
+
+
+def doubts(stage: EpisodesStage) -> list[str]:
+    """Settings that are allowed and hardly meant."""
+    found = []
+    if isinstance(stage, RaRlhfStage) and stage.tail is not None and stage.tail.alpha < 1:
+        schedule = {**stage.tail.model_dump(), "batch": stage.batch, "iterations": stage.iterations}
+        least = policy_gradient.risk_schedule(stage.iterations - 1, **schedule)
+        if least == stage.batch:
+            told = f"the tail of {stage.tail.alpha:g} of {stage.batch} episodes is all of them: B0 never falls"
+            found.append(f"{told}; a larger batch, or a smaller alpha")
+    how = stage.sampling
+    if how != Sampler():
+        told = "episodes are drawn from another distribution than the policy"
+        used = ", ".join(f"{key} {value:g}" for key, value in how if value is not None)
+        found.append(f"{told} ({used}): log-probabilities are recomputed, kl/sampled and the gradient are biased")
+    return found
+
+
+@dataclass(frozen=True)
+class _Table:
+    """Where the episodes of a stage are played: what all its iterations share."""
+
+    run: Workspace
+    name: str
+    stage: EpisodesStage
+    scorers: dict[str, Scorer]
+    prompts: Prompts
+    shown: Tokens | None
+    seed: int
+
+    def play(self, scored: ScoredPolicy, part: Path, before: Path | None, monitor: _Monitor) -> None:
+        """Sample the episodes of an iteration, decide which count, and commit them as rows to train on."""
+        stage, iteration = self.stage, _number(part)
+        controller = KLController(stage.kl.beta, target=stage.kl.target, horizon=stage.kl.horizon)
+        crediting, vigil = self._crediting(), Vigil(target_kl=stage.kl.target, patience=stage.stop_after)
+        moving: dict[str, Any] = {"kl": controller, "credit": crediting, "vigil": vigil}
+        if before is not None:
+            state = episodes.read(before / "episodes")[1]["state"]
+            for key, one in moving.items():
+                one.load_state_dict(state[key])
+        beta = controller.beta
+        drawn = draw(self.prompts, stage, iteration, self.seed)
+        played = episodes.play(scored, drawn, self._decoding(iteration), scorers=self.scorers, samples=stage.samples)
+        if iteration == 0:
+            _check_start(self.run, played)
+        credit = crediting(played, iteration, beta=beta)
+        numbers = {"beta": beta, **episodes.summary(played, credit.return_B, credit.weight_B), **credit.numbers}
+        numbers |= {f"seconds/{what}": seconds for what, seconds in played.seconds.items()}
+        numbers["tokens/second"] = int(played.mask_BT.sum()) / max(played.seconds["sample"], 1e-9)
+        monitor.begin(numbers)
+        for told in [*credit.warnings, *vigil.look(played, credit.return_B)]:
+            monitor.warn(f"{part.name}: {told}")
+        vigil.check(where=f"{self.name}, {part.name}")
+        controller.update(numbers["kl/kept"], batch=stage.batch)
+        rows = episodes.training_rows(
+            played, credit.weight_B, credit.advantage_BT, credit.return_BTK, whitening=stage.whiten
+        )
+        if self.shown is not None:
+            rows = episodes.with_demonstrations(rows, self.shown, self._demonstrated(len(rows), iteration))
+        about = {"numbers": numbers, "state": {key: one.state_dict() for key, one in moving.items()}}
+        checkpoint.commit(part / "episodes", lambda target: episodes.write(rows, about, target))
+
+    def _crediting(self) -> Crediting:
+        if isinstance(self.stage, RaRlhfStage):
+            return RiskAverse(self.stage)
+        return Constrained(self.stage, [self.run.constraint(name) for name in self.run.recipe.constraints])
+
+    def _decoding(self, iteration: int) -> Decoding:
+        how = self.stage.sampling
+        return Decoding(
+            self.stage.max_new_tokens,
+            temperature=how.temperature,
+            batch_size=_SAMPLED,
+            seed=self.seed * 1_000_003 + iteration,
+            top_k=how.top_k,
+            top_p=how.top_p,
+            min_new_tokens=how.min_new_tokens,
+        )
+
+    def _demonstrated(self, size: int, iteration: int) -> list[int]:
+        assert self.shown is not None
+        count, random = len(self.shown), np.random.default_rng([self.seed, iteration, 1])
+        found: list[int] = random.choice(count, size, replace=size > count).tolist()
+        return found
+
+
+def _check_start(run: Workspace, played: Episodes) -> None:
+    if bool(played.log_ratio_BT.any()):
         raise ModelError(
             "The stage cannot start: policy and reference differ before the first update",
             where=f"adapter {run.policy.names[-1]!r}",
             got=f"a largest token log-ratio of {float(played.log_ratio_BT.abs().max()):.3g}",
             wanted="exactly 0: a fresh adapter, no dropout, one dtype and kernel for both",
         )
-    return_B = episodes.rank(played, by=stage.rank_by, beta=beta, lam=stage.lam)
-    weight_B = weights(return_B, stage, iteration)
-    numbers = {"beta": beta, **episodes.summary(played, return_B, weight_B)}
-    for sign in episodes.failure_signs(played, return_B, target_kl=stage.kl.target):
-        monitor.warn(f"{part.name}: {sign}")
-    controller.update(numbers["kl/kept"], batch=stage.batch)
-    rows = episodes.training_rows(played, weight_B, beta=beta, lam=stage.lam, whitening=stage.whiten)
-    numbers |= {f"seconds/{what}": seconds for what, seconds in played.seconds.items()}
-    monitor.begin(numbers)
-    about = {"numbers": numbers, "controller": controller.state_dict()}
-    checkpoint.commit(part / "episodes", lambda target: episodes.write(rows, about, target))
-
-
-def weights(return_B: Tensor, stage: RaRlhfStage, iteration: int) -> Tensor:
-    """How much each episode counts, (B,): 1 or 0 by the schedule of a tail, or the tilt of a risk."""
-    if stage.tail is not None:
-        schedule = {**stage.tail.model_dump(), "batch": stage.batch, "iterations": stage.iterations}
-        kept = policy_gradient.select_tail(return_B, policy_gradient.risk_schedule(iteration, **schedule))
-        return torch.zeros_like(return_B).index_fill(0, kept, 1.0)
-    assert stage.risk is not None
-    rows = return_B.view(-1, stage.samples) if stage.risk_over == "prompt" else return_B
-    return policy_gradient.trajectory_weights(rows, build(stage.risk.model_dump())).flatten()
 
 
 def places(count: int, size: int, *, iteration: int, seed: int) -> list[int]:
@@ -145,7 +225,8 @@ def places(count: int, size: int, *, iteration: int, seed: int) -> list[int]:
     return found
 
 
-def _draw(prompts: Prompts, stage: RaRlhfStage, iteration: int, seed: int) -> Prompts:
+def draw(prompts: Prompts, stage: EpisodesStage, iteration: int, seed: int) -> Prompts:
+    """The prompts of an iteration."""
     size, count = stage.batch // stage.samples, len(prompts.ids)
     if count < size:
         raise DataError(
@@ -154,14 +235,6 @@ def _draw(prompts: Prompts, stage: RaRlhfStage, iteration: int, seed: int) -> Pr
     chosen = places(count, size, iteration=iteration, seed=seed)
     columns = {name: [values[i] for i in chosen] for name, values in prompts.columns.items()}
     return Prompts([prompts.texts[i] for i in chosen], [prompts.ids[i] for i in chosen], columns)
-
-
-def _controller(stage: RaRlhfStage, before: Path | None) -> KLController:
-    """beta as the iteration before left it."""
-    controller = KLController(stage.kl.beta, target=stage.kl.target, horizon=stage.kl.horizon)
-    if before is not None:
-        controller.load_state_dict(episodes.read(before / "episodes")[1]["controller"])
-    return controller
 
 
 def of_iteration(training: Training, iteration: int, iterations: int) -> Training:

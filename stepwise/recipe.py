@@ -42,9 +42,19 @@ from stepwise.recipe_parts import (
     refuse,
     unique,
 )
-from stepwise.recipe_policy_gradient import RaRlhfStage
+from stepwise.recipe_policy_gradient import PpoLagrangianStage, RaRlhfStage
 from stepwise.recipe_scorers import OnPolicy, Scorer, ScorerName
-from stepwise.recipe_stages import SELECTED, AnyStage, RsaStage, ScorerStage, SftStage, Stage, StageName, check_stages
+from stepwise.recipe_stages import (
+    SELECTED,
+    AnyStage,
+    EpisodesStage,
+    RsaStage,
+    ScorerStage,
+    SftStage,
+    Stage,
+    StageName,
+    check_stages,
+)
 
 __all__ = [
     "SELECTED",
@@ -54,12 +64,14 @@ __all__ = [
     "Data",
     "EVaRRisk",
     "EntropicRisk",
+    "EpisodesStage",
     "Evaluate",
     "Lora",
     "MeanRisk",
     "MixtureRisk",
     "Model",
     "OnPolicy",
+    "PpoLagrangianStage",
     "RaRlhfStage",
     "Recipe",
     "Risk",
@@ -208,11 +220,12 @@ class Recipe(Part):
 
     def _constraint_conflicts(self) -> Iterator[Conflict]:
         moved = [n for n, stage in self.stages.items() if isinstance(stage, RsaStage) and stage.multiplier is not None]
-        if self.constraints and not moved and self.select is None:
+        priced = [name for name, stage in self.stages.items() if isinstance(stage, PpoLagrangianStage)]
+        if self.constraints and not moved and not priced and self.select is None:
             got, wanted = recipe_schema.listed(list(self.constraints)), "a stage with a multiplier, or select"
             yield Conflict(("constraints",), "nothing here uses the constraints", got, wanted)
         wanted = "constraints: {name: {cost, risk, limit, data}}"
-        for name in moved if not self.constraints else ():
+        for name in [*moved, *priced] if not self.constraints else ():
             at = ("stages", name, "multiplier")
             yield Conflict(at, "a multiplier needs a constraint to keep", "no constraints", wanted)
         for name, constraint in self.constraints.items() if moved else ():

@@ -49,22 +49,25 @@ class Constraint(Part):
         return self
 
 
-class _Moving(Part):
+class _Bounded(Part):
     min: Annotated[float, Field(ge=1e-6, le=1e6, description="lambda at least")] = 1e-3
     max: Annotated[float, Field(ge=1e-6, le=1e6, description="lambda at most")] = 1e3
-    every: Annotated[Count, Field(description="optimiser steps between two updates")] = 5
     warmup: Annotated[int, Field(ge=0, le=10**9, description="first updates that leave lambda as it is")] = 0
     smoothing: Annotated[float, Field(ge=0, lt=1, description="weight of the past violations in their average")] = 0.0
     margin: Annotated[
         float, Field(ge=0, le=1e9, description="lambda aims this far below the limit, so that a sample can certify it")
     ] = 0.0
-    max_new_tokens: NewTokens = 64
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.min > self.max:
             refuse([Conflict(("max",), "lambda has no range", f"{self.max:g}", f"{self.min:g} or more, the min")])
         return self
+
+
+class _Moving(_Bounded):
+    every: Annotated[Count, Field(description="optimiser steps between two updates")] = 5
+    max_new_tokens: NewTokens = 64
 
 
 Gain = Annotated[float, Field(ge=0, le=1e6)]
@@ -87,6 +90,43 @@ class Pid(_Moving):
 
 
 Multiplier = Annotated[DualAscent | Pid, Field(discriminator="kind")]
+
+
+class _Price(_Bounded):
+    init: Annotated[float, Field(gt=0, le=1e6, description="first lambda of every constraint")] = 1.0
+
+    @model_validator(mode="after")
+    def _check_init(self) -> Self:
+        if not self.min <= self.init <= self.max:
+            wanted = f"{self.min:g} to {self.max:g}"
+            refuse([Conflict(("init",), "lambda starts outside its bounds", f"{self.init:g}", wanted)])
+        return self
+
+
+class PriceAscent(_Price):
+    """log lambda <- log lambda + lr * violation, once an iteration."""
+
+    kind: Literal["dual_ascent"] = Field(description="log lambda rises by lr * violation")
+    lr: Gain = Field(default=0.1, description="speed, per unit of cost")
+
+
+class PricePid(_Price):
+    """lambda = kp v + sum of ki v + kd (rise of v), once an iteration."""
+
+    kind: Literal["pid"] = Field(description="lambda = kp * violation + sum of ki * violation + kd * its rise")
+    kp: Gain = Field(description="weight of the violation, per unit of cost")
+    ki: Gain = Field(description="weight of the sum of violations, per unit of cost")
+    kd: Gain = Field(default=0.0, description="weight of a rise of the violation, per unit of cost")
+
+
+class PriceFixed(Part):
+    """A constant lambda: reward shaping, R - lambda C."""
+
+    kind: Literal["fixed"] = Field(description="lambda stays as it is: reward shaping")
+    value: Annotated[float, Field(ge=0, le=1e6, description="lambda of every constraint")]
+
+
+Price = Annotated[PriceAscent | PricePid | PriceFixed, Field(discriminator="kind")]
 
 
 class PairRisk(Part):

@@ -21,7 +21,7 @@ from stepwise.recipe_parts import (
     StageTraining,
     refuse,
 )
-from stepwise.recipe_policy_gradient import RaRlhfStage
+from stepwise.recipe_policy_gradient import PpoLagrangianStage, RaRlhfStage
 from stepwise.recipe_scorers import OnPolicy
 
 SELECTED = "selected"  # name of the policy whose strength was selected
@@ -166,7 +166,8 @@ class ScorerStage(Part):
         return self
 
 
-AnyStage = SftStage | RsaStage | RaRlhfStage | ScorerStage
+EpisodesStage = RaRlhfStage | PpoLagrangianStage
+AnyStage = SftStage | RsaStage | RaRlhfStage | PpoLagrangianStage | ScorerStage
 Stage = Annotated[AnyStage, Field(discriminator="method")]
 StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=64)]
 

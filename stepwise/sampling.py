@@ -33,12 +33,18 @@ class Prompts(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoding:
-    """How to draw responses: nothing is truncated (no top-k, no top-p); temperature 0 is greedy."""
+    """How to draw responses: nothing is truncated unless `top_k` or `top_p` says so; temperature 0 is greedy.
+
+    The end token is forbidden before `min_new_tokens`.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
     batch_size: int = 64
     seed: int = 0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_new_tokens: int = 0
 
 
 class Response(NamedTuple):
@@ -53,9 +59,9 @@ def sample(
 ) -> list[Response]:
     """One response per prompt, drawn from the active stack.
 
-    At temperature 1 the distribution sampled from is the policy itself. A pure function of its arguments: every batch
-    has its own random stream, so that what goes on from a `ledger` equals what was never interrupted. Raises
-    `DataError` when a prompt is empty or leaves no room in the context.
+    At temperature 1, with nothing truncated or forbidden, the distribution sampled from is the policy itself. A pure
+    function of its arguments: every batch has its own random stream, so that what goes on from a `ledger` equals what
+    was never interrupted. Raises `DataError` when a prompt is empty or leaves no room in the context.
     """
     limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
     for index, prompt in enumerate(prompts):
@@ -103,8 +109,9 @@ def _generate(policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decodi
         max_new_tokens=decoding.max_new_tokens,
         do_sample=not greedy,
         temperature=None if greedy else decoding.temperature,
-        top_k=None if greedy else 0,
-        top_p=None if greedy else 1.0,
+        top_k=None if greedy else decoding.top_k or 0,
+        top_p=None if greedy else decoding.top_p or 1.0,
+        min_new_tokens=decoding.min_new_tokens or None,
         eos_token_id=policy.stop_ids or None,
         pad_token_id=policy.pad_id,
     )

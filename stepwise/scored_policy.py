@@ -1,4 +1,5 @@
-"""A policy with a score head: a cost or reward model in training, and the sequence classifier that it becomes.
+"""A policy with a score head: a cost or reward model in training, and the sequence classifier that it becomes; or the
+critics of a policy gradient.
 
 Shape legend: B texts, T positions, H hidden.
 """
@@ -21,14 +22,15 @@ HEAD_WEIGHTS = "score_head.safetensors"
 
 
 class ScoredPolicy:
-    """The top adapter of a policy and a linear head on its last hidden state; both train.
+    """The top adapter of a policy and a linear head on its last hidden states, `outputs` numbers each; both train.
 
     The head starts at zero: before the first update every score is exactly 0.
     """
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, outputs: int = 1) -> None:
         self.policy = policy
-        self.head = nn.Linear(policy.head.weight.shape[1], 1, bias=False, device=policy.device)  # fp32, as adapters are
+        hidden = policy.head.weight.shape[1]
+        self.head = nn.Linear(hidden, outputs, bias=False, device=policy.device)  # fp32, as adapters are
         nn.init.zeros_(self.head.weight)
 
     @property

@@ -27,6 +27,19 @@ def low_words(prompts: list[str], completions: list[str], **columns: Any) -> lis
     return [sum(n < 64 for n in row) / max(1, len(row)) * 4 - 2 for row in numbers]
 
 
+@register("lowest_words")
+def lowest_words(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Share of words in the lowest quarter of the vocabulary: a cost that the reward above raises."""
+    numbers = [[int(word[1:]) for word in text.split() if word[1:].isdigit()] for text in completions]
+    return [sum(n < 32 for n in row) / max(1, len(row)) for row in numbers]
+
+
+@register("constant_reward")
+def constant_reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """Tells nothing apart."""
+    return [1.0] * len(prompts)
+
+
 def written(folder: Path) -> Path:
     """A recipe with one stage, its model and its prompts."""
     base, prompts, path = save(llama, folder / "base"), folder / "rows.jsonl", folder / "recipe.yaml"
@@ -53,6 +66,24 @@ def written(folder: Path) -> Path:
     return path
 
 
+def priced(folder: Path) -> Path:
+    """The same with a constraint: mean and tail of a cost, demonstrations beside."""
+    path = written(folder)
+    tree = json.loads(path.read_text())
+    shown = folder / "shown.jsonl"
+    rows = [{"prompt": words([i, 4]), "completion": " " + words([90, 91 + i])} for i in range(3, 8)]
+    shown.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tree["constraints"] = {
+        "low": {"cost": "lowest_words", "risk": {"measure": "mean"}, "limit": 0.2},
+        "tail": {"cost": "lowest_words", "risk": {"measure": "cvar", "alpha": 0.5}, "limit": 0.3},
+    }
+    stage = {key: tree["stages"]["aligned"][key] for key in ("data", "reward", "iterations", "batch", "max_new_tokens")}
+    ptx = {"data": {"path": str(shown), "format": "completion"}, "weight": 0.5}
+    tree["stages"]["aligned"] = stage | {"method": "ppo_lagrangian", "multiplier": {"kind": "dual_ascent"}, "ptx": ptx}
+    path.write_text(json.dumps(tree))
+    return path
+
+
 def run(recipe: Recipe, folder: Path) -> None:
     """In this process."""
     torch.set_num_threads(1)
@@ -62,7 +93,7 @@ def run(recipe: Recipe, folder: Path) -> None:
 def lines(folder: Path) -> list[dict[str, Any]]:
     """The log without times."""
     found = Log(folder / "log.jsonl").lines()
-    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in found]
+    return [{k: v for k, v in line.items() if not k.startswith("seconds") and k != "tokens/second"} for line in found]
 
 
 def state(folder: Path) -> list[Any]:

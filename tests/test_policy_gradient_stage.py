@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from tail_runs import ADAPTER, ITERATIONS, STAGE, lines, run, written
 
 from stepwise import policy_gradient_stage
+from stepwise.credit import weights
 from stepwise.errors import ConfigError, DataError, ScoreError
 from stepwise.plan import plan
-from stepwise.policy_gradient_stage import places, weights
+from stepwise.policy_gradient_stage import places
 from stepwise.recipe import RaRlhfStage, Recipe, load
+from stepwise.risk import CVaR
 from stepwise.scoring import register
 
 
@@ -69,7 +71,9 @@ def test_moments_and_value_head_go_on_from_one_iteration_to_the_next(finished: P
 OTHERS = [
     ["stages.aligned.tail.alpha=1"],
     ["stages.aligned.tail=null", "stages.aligned.risk={measure: cvar, alpha: 0.5}"],
+    ["stages.aligned.tail=null", "stages.aligned.risk={measure: cvar, alpha: 0.5}", "stages.aligned.threshold={lr: 2}"],
     ["stages.aligned.samples=4"],
+    ["stages.aligned.samples=4", "stages.aligned.baseline=rloo"],
     ["stages.aligned.rank_by=score", "stages.aligned.kl.beta=20"],
     ["stages.aligned.rank_by=lambda_return", "stages.aligned.lam=0.2"],
     ["stages.aligned.whiten=none"],
@@ -123,11 +127,11 @@ def stage(recipe: Callable[..., Recipe], *overrides: str) -> RaRlhfStage:
 
 def test_weights_of_a_tail_and_of_a_risk(recipe: Callable[..., Recipe]) -> None:
     returns = torch.tensor([4.0, 1.0, 3.0, 2.0, 8.0, 5.0, 7.0, 6.0])
-    assert weights(returns, stage(recipe), 2).tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert weights(returns, stage(recipe), 2, None).tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
     cvar = ("tail=null", "risk={measure: cvar, alpha: 0.5}")
-    assert weights(returns, stage(recipe, *cvar), 2).tolist() == [2, 2, 2, 2, 0, 0, 0, 0]
+    assert weights(returns, stage(recipe, *cvar), 2, CVaR(0.5)).tolist() == [2, 2, 2, 2, 0, 0, 0, 0]
     within = stage(recipe, *cvar, "risk_over=prompt", "samples=4")
-    assert weights(returns, within, 2).tolist() == [0, 2, 0, 2, 0, 2, 0, 2]
+    assert weights(returns, within, 2, CVaR(0.5)).tolist() == [0, 2, 0, 2, 0, 2, 0, 2]
 
 
 def test_prompts_are_asked_once_a_pass_in_an_order_of_its_own() -> None:
@@ -154,6 +158,7 @@ def test_prompts_are_asked_once_a_pass_in_an_order_of_its_own() -> None:
         ("risk_over=prompt", "cannot be compared"),
         ("data.format=completion", "no prompts to answer"),
         ("reward=null", "reward"),
+        ("threshold={lr: 1}", "no threshold to learn"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(recipe: Callable[..., Recipe], override: str, told: str) -> None:
@@ -175,6 +180,14 @@ def test_a_plan_says_what_a_stage_samples_and_trains(recipe: Callable[..., Recip
     (found,) = plan(recipe()).stages
     assert found.rounds == ITERATIONS and found.steps == ITERATIONS * 2 * 2
     assert found.sampling is not None and "the worst 0.5 of 8 episodes" in found.objective
+
+
+def test_settings_that_are_hardly_meant_are_told(recipe: Callable[..., Recipe]) -> None:
+    assert policy_gradient_stage.doubts(stage(recipe)) == []
+    (told,) = policy_gradient_stage.doubts(stage(recipe, "tail.alpha=0.95"))
+    assert "all of them: B0 never falls" in told
+    (told,) = policy_gradient_stage.doubts(stage(recipe, "sampling.top_p=0.9"))
+    assert "another distribution" in told and "top_p 0.9" in told
 
 
 def test_the_learning_rate_follows_its_schedule_over_the_iterations(recipe: Callable[..., Recipe]) -> None:

@@ -105,6 +105,8 @@ def _stages(recipe: recipes.Recipe) -> Table:
             loss = [stage.loss, data, f"{recipe.resolved_beta(name):g}", alpha, _risk(stage.risk)]
         elif isinstance(stage, recipes.ScorerStage):
             loss = [stage.objective, data, "", "", ""]
+        elif isinstance(stage, recipes.PpoLagrangianStage):
+            loss = [stage.method, data, f"{stage.kl.beta:g}", "", ""]
         elif isinstance(stage, recipes.RaRlhfStage):
             loss = [stage.method, data, f"{stage.kl.beta:g}", "" if stage.tail is None else f"{stage.tail.alpha:g}", ""]
         table.add_row(name, *loss, f"{training.epochs:g}", f"{training.learning_rate:g}", f"{training.batch_size}")

@@ -94,7 +94,7 @@ def _scorer_of(recipe: recipes.Recipe, name: str) -> tuple[str | recipe_scorers.
     for key, stage in recipe.stages.items():
         if isinstance(stage, recipes.RsaStage) and stage.on_policy is not None:
             found.setdefault(key, (stage.on_policy.scorer, stage.on_policy.prefer == "higher"))
-        if isinstance(stage, recipes.RaRlhfStage):
+        if isinstance(stage, recipes.EpisodesStage):
             found.setdefault(key, (stage.reward, True))
     if name not in found:
         wanted = recipe_schema.one_of(list(found), near=name) if found else "a recipe with rewards or costs"

@@ -6,6 +6,7 @@
 | select_tail, risk_schedule with alpha < 1   | RA-RLHF: the worst B0 of a batch, B0 falling  |
 | trajectory_weights, CVaR                    | RA-RLHF at once, the boundary episode split   |
 | trajectory_weights, Entropic / EVaR         | all episodes, the bad ones more               |
+| all, with lagrangian_advantage              | PPO-Lagrangian, Safe RLHF (2310.12773)        |
 
 Where this deviates from the paper and from the code released with it:
 
@@ -20,7 +21,8 @@ Where this deviates from the paper and from the code released with it:
 * The value head has no dropout and starts at zero; policy and reference share all weights but the top adapter.
 
 Shape legend: B episodes, T response positions (the first token at 0, padding on the right), N response tokens of all
-episodes of a batch in a row. A return is larger the better; the tail is the lower one.
+episodes of a batch in a row, K critics: that of the reward, then one per cost. A return is larger the better; the tail
+is the lower one.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from torch import Tensor, nn
 
 from stepwise.collate import IGNORED, text_batch
 from stepwise.errors import ConfigError, NonFiniteError
+from stepwise.methods.supervised import Supervised
 from stepwise.risk import Mean, RiskMeasure
 from stepwise.scored_policy import ScoredPolicy
 from stepwise.token_stats import token_stats
@@ -136,6 +139,32 @@ def gae(
     return advantage_BT * mask_BT, (advantage_BT + value_BT) * mask_BT
 
 
+def rloo(return_B: Tensor, samples: int) -> Tensor:
+    """Return minus the mean return of the other samples of the same prompt, (B,): REINFORCE leave-one-out.
+
+        A_i = R_i - sum_{j != i} R_j / (g - 1)                                          [2402.14740]
+
+    The `samples` = g episodes of a prompt stand in a row, g >= 2. The baseline does not depend on episode i, so the
+    gradient of sum_i A_i log pi(y_i) stays unbiased.
+    """
+    group_PG = return_B.view(-1, samples)
+    others_PG = (group_PG.sum(-1, keepdim=True) - group_PG) / (samples - 1)
+    return (group_PG - others_PG).flatten()
+
+
+def lagrangian_advantage(advantage_BTK: Tensor, lambdas: Sequence[float], weight_BC: Tensor | None = None) -> Tensor:
+    """A = (A_reward - sum_c lambda_c w_c A_cost_c) / (1 + sum_c lambda_c), (B, T).            [2310.12773]
+
+    The first of the K advantages is that of the reward, the others those of the costs, in the order of `lambdas`.
+    `weight_BC`: n q*, the tilt of each constraint's risk over the episodes (None: 1, the mean).
+    """
+    total_BT = advantage_BTK[..., 0].clone()
+    for c, price in enumerate(lambdas):
+        cost_BT = advantage_BTK[..., c + 1]
+        total_BT -= price * (cost_BT if weight_BC is None else weight_BC[:, c, None] * cost_BT)
+    return total_BT / (1 + math.fsum(lambdas))
+
+
 def whiten(values_N: Tensor, over_N: Tensor) -> Tensor:
     """(A - mean) / sqrt(var + 1e-8), mean and unbiased variance those of `over_N`; one value alone becomes its
     distance to the mean."""
@@ -147,14 +176,14 @@ def whiten(values_N: Tensor, over_N: Tensor) -> Tensor:
 
 
 class Step(NamedTuple):
-    """What actor and critic say of each token: log pi of it, and the value before it; (N,) each."""
+    """What actor and critics say of each token: log pi of it (N,), and the values before it, (N,) or (N, K)."""
 
     log_prob: Tensor
     value: Tensor
 
 
 class PpoLoss(NamedTuple):
-    """Per token, (N,) each: the clipped losses of actor and critic, and the ratio pi / pi_old."""
+    """Per token: the clipped losses of actor (N,) and critics (as the values), and the ratio pi / pi_old (N,)."""
 
     policy: Tensor
     value: Tensor
@@ -167,8 +196,8 @@ def ppo_loss(new: Step, old: Step, advantage_N: Tensor, return_N: Tensor, *, cli
         policy = max(-A ratio, -A clip(ratio, 1 - clip, 1 + clip)),   ratio = exp(log pi - log pi_old)
         value  = max((V - ret)^2, (clip(V, V_old -+ clip_value) - ret)^2) / 2
 
-    `old`, advantages and returns are constants of the iteration; all (N,). The clipped value loss is not in the paper
-    but in the code of its authors.
+    `old`, advantages (N,) and returns (as the values) are constants of the iteration. The clipped value loss is not in
+    the paper but in the code of its authors.
     """
     ratio_N = torch.exp(new.log_prob - old.log_prob)
     policy_N = torch.maximum(-advantage_N * ratio_N, -advantage_N * ratio_N.clamp(1 - clip, 1 + clip))
@@ -206,10 +235,10 @@ class KLController:
 
 
 class Ppo(nn.Module):
-    """Sum over response tokens of  weight * [ policy loss + value_weight * value loss ].
+    """Sum over response tokens of  weight * [ policy loss + value_weight * sum of the critics' value losses ].
 
-    `scored` is the policy with its value head: the critic is a linear map of the policy's own last hidden states, so
-    the value loss trains the adapter too, as in the paper.
+    `scored` is the policy with its value head: each critic is a linear map of the policy's own last hidden states, so
+    the value loss trains the adapter too, as in the paper. With `value_weight` 0 the head stays as it is.
     """
 
     def __init__(self, scored: ScoredPolicy, *, clip: float, clip_value: float, value_weight: float) -> None:
@@ -232,39 +261,77 @@ class Ppo(nn.Module):
         new = actor_critic(self.scored, input_ids, attention_mask, labels)
         old = Step(log_prob, value)
         loss = ppo_loss(new, old, advantage, returns, clip=self.clip, clip_value=self.clip_value)
-        loss_N = weight * (loss.policy + self.value_weight * loss.value)
+        loss_N = weight * (loss.policy + self.value_weight * loss.value.sum(-1))
         ratio = loss.ratio.detach()
         metrics = {
             "loss": loss_N,
             "loss/policy": loss.policy,
-            "loss/value": loss.value,
+            "loss/value": loss.value.sum(-1),
             "policy/ratio": ratio,
             "policy/clip_fraction": ((ratio - 1).abs() > self.clip).float(),
             "policy/approx_kl": 0.5 * (new.log_prob.detach() - log_prob) ** 2,
-            "value/error": (value - returns) ** 2,
+            "value/error": (value[:, 0] - returns[:, 0]) ** 2,
         }
+        if value.shape[1] > 1:
+            metrics["value/cost_error"] = ((value - returns) ** 2)[:, 1:].mean(-1)
         return Outcome(loss_N.sum(), metrics)
 
 
+class WithDemonstrations(nn.Module):
+    """`Ppo`, and weight * the negative log-likelihood of one demonstration per episode (ptx, 2203.02155 eq. 2).
+
+    The mean over the tokens of a demonstration counts as often as its episode has response tokens: then the loss per
+    token is `ppo + weight * nll` whatever the lengths, and no split of a batch changes it.
+    """
+
+    def __init__(self, ppo: Ppo, *, weight: float) -> None:
+        super().__init__()
+        self.ppo, self.supervised, self.weight = ppo, Supervised(ppo.scored.policy), weight
+
+    def forward(
+        self, ptx_input_ids: Tensor, ptx_attention_mask: Tensor, ptx_labels: Tensor, ptx_weight: Tensor, **batch: Tensor
+    ) -> Outcome:
+        """Batches are those of `batches` over rows with demonstrations; `ptx_weight` is per demonstration token."""
+        outcome, shown = self.ppo(**batch), self.supervised(ptx_input_ids, ptx_attention_mask, ptx_labels)
+        nll_M = ptx_weight * shown.metrics["loss"]
+        return Outcome(outcome.loss + self.weight * nll_M.sum(), outcome.metrics | {"loss/ptx": shown.metrics["loss"]})
+
+
 def actor_critic(scored: ScoredPolicy, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Step:
-    """log pi and value of every response token of a batch (`labels` = -100 elsewhere), from one pass."""
+    """log pi (N,) and values (N, K) of every response token of a batch (`labels` = -100 elsewhere), from one pass."""
     labels_BT = labels[:, 1:]
     keep = labels_BT != IGNORED
     hidden_NH = scored.policy.hidden(input_ids, attention_mask)[:, :-1][keep]
     stats = token_stats(hidden_NH, hidden_NH.detach(), scored.policy.head, labels_BT[keep], risk=Mean())
-    return Step(stats.log_prob, scored.head(hidden_NH.float())[:, 0])
+    return Step(stats.log_prob, scored.head(hidden_NH.float()))
 
 
 def batches(pad_id: int) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
     """A collate function over rows `{prompt_ids, response_ids, index, weight}` and, a number per response token,
-    `log_prob`, `value`, `advantage`, `returns`; an item is a response token."""
+    `log_prob`, `advantage`, and `value.k`, `returns.k` of every critic k; an item is a response token.
+
+    Rows may hold a demonstration each, `ptx_prompt_ids` and `ptx_response_ids`.
+    """
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
         batch = text_batch(rows, pad_id=pad_id)
-        names = ("log_prob", "value", "advantage", "returns")
-        steps = {name: torch.tensor([x for row in rows for x in row[name]]) for name in names}
+        critics = sum(name.startswith("value.") for name in rows[0])
+        steps = {name: _flat(rows, name) for name in ("log_prob", "advantage")}
+        for name in ("value", "returns"):
+            steps[name] = torch.stack([_flat(rows, f"{name}.{k}") for k in range(critics)], -1)
         steps["weight"] = torch.tensor([row["weight"] for row in rows for _ in row["response_ids"]])
         about = {"items": torch.tensor([len(steps["weight"])]), "rows": torch.tensor([row["index"] for row in rows])}
-        return {**batch, **steps, **about}
+        return {**batch, **steps, **about, **(_demonstrations(rows, pad_id) if "ptx_response_ids" in rows[0] else {})}
 
     return collate
+
+
+def _flat(rows: Sequence[Mapping[str, Any]], name: str) -> Tensor:
+    return torch.tensor([x for row in rows for x in row[name]])
+
+
+def _demonstrations(rows: Sequence[Mapping[str, Any]], pad_id: int) -> Batch:
+    shown = [{"prompt_ids": row["ptx_prompt_ids"], "response_ids": row["ptx_response_ids"]} for row in rows]
+    lengths = [(len(row["response_ids"]), len(row["ptx_response_ids"])) for row in rows]
+    weight = torch.tensor([own / n for own, n in lengths for _ in range(n)])
+    return {**{f"ptx_{name}": t for name, t in text_batch(shown, pad_id=pad_id).items()}, "ptx_weight": weight}

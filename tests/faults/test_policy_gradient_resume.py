@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from forks import KillAt, fork
-from tail_runs import lines, run, state, written
+from tail_runs import STAGE, lines, priced, run, state, written
 
 from stepwise.recipe import load
 
@@ -37,6 +38,28 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(finished: Path, recipe: 
     ended = fork(lambda: run(load(recipe), tmp_path / "run"))
     assert ended.code == 0, ended.error
     assert state(tmp_path / "run") == state(finished)
+
+
+@pytest.mark.parametrize("k", [150, 330])
+def test_a_run_under_constraints_goes_on_to_the_same_multipliers(tmp_path: Path, k: int) -> None:
+    (tmp_path / "recipe").mkdir()
+    path, short = priced(tmp_path / "recipe"), ["stages.aligned.iterations=2", "training.epochs=1"]
+
+    def killed() -> None:
+        with KillAt(k):
+            run(load(path, short), tmp_path / "run")
+
+    assert fork(killed).code == -9
+    for folder in ("run", "whole"):
+        ended = fork(lambda folder=folder: run(load(path, short), tmp_path / folder))
+        assert ended.code == 0, ended.error
+    last = [tmp_path / folder / STAGE / "iteration-00001" for folder in ("run", "whole")]
+    one, two = (json.loads((part / "episodes" / "episodes.json").read_text())["about"]["state"] for part in last)
+    assert one == two and one["credit"]["multipliers"]["tail"]["updates"] == 2
+    for pattern in ("episodes/episodes.safetensors", "checkpoints/*/optimizer.safetensors"):
+        one, two = (sorted(part.glob(pattern))[-1].read_bytes() for part in last)
+        assert one == two
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
 
 
 def test_two_processes_train_on_the_same_tail_as_one(finished: Path, recipe: Path, tmp_path: Path) -> None:
