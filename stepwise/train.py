@@ -8,6 +8,7 @@ so that 1 x 8, 8 x 1 and two processes give the same update.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,17 +19,19 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from stepwise import checkpoint, rng
 from stepwise.collate import bucket_order
-from stepwise.errors import ConfigError, DataError, Interrupted, NonFiniteError
+from stepwise.errors import ConfigError, DataError, Interrupted, ModelError, NonFiniteError
 from stepwise.tokens import Tokens
 from stepwise.watch import LogTo, Meter, Monitor, Steer, Steering, StopOnSignal
 
 Batch = dict[str, Tensor]
+
+_ABOUT = ("items", "rows", "places")  # tensors of a batch that are no arguments of the objective
 
 
 class Trainee(Protocol):
@@ -93,7 +96,7 @@ def train(
 
     Raises `NonFiniteError` before an update with a non-finite loss or gradient, `CheckpointError` when only damaged
     checkpoints are left or none can be written, `Interrupted` after SIGTERM or SIGINT once the finished step is saved,
-    `DataError` when there are no rows.
+    `DataError` when there are no rows, `ModelError` when not even one row at a time fits in memory.
     """
     if len(rows) == 0:
         raise DataError("There are no rows to train on", where=folder.parent, wanted="at least one row")
@@ -107,6 +110,7 @@ def train(
         training=training,
         folder=folder,
         callbacks=[log, signals],
+        warn=monitor.warn,
         steering=steering,
         start=start,
     )
@@ -141,10 +145,12 @@ class StepwiseTrainer(Trainer):
         training: Training,
         folder: Path,
         callbacks: list[TrainerCallback],
+        warn: Callable[[str], None],
         steering: Steering | None = None,
         start: Path | None = None,
     ) -> None:
         self.trainee = trainee
+        self.rows, self.collate, self.warn = rows, collate, warn
         self.start = start
         self.folder = folder
         self.training = training
@@ -154,8 +160,8 @@ class StepwiseTrainer(Trainer):
         super().__init__(
             model=objective,
             args=_arguments(training, folder),
-            train_dataset=rows,
-            data_collator=collate,
+            train_dataset=_Placed(rows),
+            data_collator=_placed(collate),
             callbacks=[*([Steer(steering)] if steering else []), *callbacks],
         )
         self.remove_callback(PrinterCallback)
@@ -176,16 +182,52 @@ class StepwiseTrainer(Trainer):
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        assert isinstance(self.train_dataset, Tokens)
         # The rows of an update follow from the batch alone, not from how it is split over passes and processes.
-        lengths, batch = self.train_dataset.lengths(), self.training.batch_size
+        lengths, batch = self.rows.lengths(), self.training.batch_size
         return _Buckets(lengths, batch=batch, seed=self.args.seed, step=lambda: self.state.global_step)
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
-        self._rows = [batch["rows"] for batch in batch_samples]
+        self._seen = [batch["rows"] for batch in batch_samples]
         items = torch.stack([batch["items"].sum() for batch in batch_samples]).sum().to(device)
         total: Tensor = self.accelerator.gather(items)
         return total.sum()
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One pass; rows that do not fit in memory together pass in halves, for the same gradient."""
+        before = [p.grad if p.grad is None else p.grad.clone() for p in self._trainable()]
+        metered = copy.deepcopy(self.meter.state)
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
+        except torch.OutOfMemoryError as error:
+            self._check_split(inputs, error)
+        # Outside of the handler: what the failed pass had in memory is free now.
+        for parameter, gradient in zip(self._trainable(), before, strict=True):
+            parameter.grad = gradient
+        self.meter.state = metered
+        torch.cuda.empty_cache()
+        places, rows = inputs["places"].tolist(), _Placed(self.rows)
+        self.warn(
+            f"{len(places)} rows did not fit in memory at once and pass in halves; a smaller micro_batch is faster"
+        )
+        half = len(places) // 2
+        parts = [_placed(self.collate)([rows[i] for i in part]) for part in (places[:half], places[half:])]
+        losses = [self.training_step(model, part, num_items_in_batch) for part in parts]
+        return torch.stack(losses).sum()
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _check_split(self, inputs: dict[str, Any], error: Exception) -> None:
+        rows, alone = inputs["rows"].tolist(), self.accelerator.num_processes == 1
+        if len(rows) == 1 or not alone:
+            raise ModelError(
+                "The memory of the device is too small",
+                where=self._where([inputs["rows"]]),
+                got=f"{len(rows)} rows at once{'' if alone else ' on one of several processes'}",
+                wanted="a smaller training.micro_batch or max_length, or model.activation_checkpointing: true",
+            ) from error
 
     def compute_loss(
         self,
@@ -194,7 +236,7 @@ class StepwiseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        outcome: Outcome = model(**{name: t for name, t in inputs.items() if name not in ("items", "rows")})
+        outcome: Outcome = model(**{name: t for name, t in inputs.items() if name not in _ABOUT})
         if not torch.isfinite(outcome.loss):
             where = self._where([inputs["rows"]])
             raise NonFiniteError(
@@ -208,7 +250,7 @@ class StepwiseTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         if not np.isfinite(float(norm)):
-            where = self._where(self._rows)
+            where = self._where(self._seen)
             raise NonFiniteError("The gradient is not finite; the weights are unchanged", where=where, got=float(norm))
         return norm
 
@@ -272,6 +314,24 @@ def _moments(checkpoint: Path) -> dict[int, dict[str, Tensor]]:
         index, slot = name.split(".", 1)
         slots.setdefault(int(index), {})[slot] = tensor
     return slots
+
+
+class _Placed(Dataset[dict[str, Any]]):
+    """Rows that know where they stand, so that a batch can be made again in parts."""
+
+    def __init__(self, rows: Tokens) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {**self.rows[i], "place": i}
+
+
+def _placed(collate: Callable[[Sequence[Mapping[str, Any]]], Batch]) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
+    """Batches that keep the places of their rows."""
+    return lambda rows: {**collate(rows), "places": torch.tensor([row["place"] for row in rows])}
 
 
 class _Buckets(Sampler[int]):
