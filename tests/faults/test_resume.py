@@ -110,7 +110,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_batch_of_eight_and_eight_of_one_give_the_same_update(base: Path, tmp_path: Path, method: str) -> None:
-    settings = replace(TRAINING, epochs=2, batch_size=8, learning_rate=1e-4, log_every=1)  # 18 rows: 8, 8, 2
+    # A smaller step would leave the policy so near its reference that rounding decides which tokens are in the tail.
+    settings = replace(TRAINING, epochs=2, batch_size=8, learning_rate=1e-2, log_every=1)  # 18 rows: 8, 8, 2
     trials = [Trial(base, tmp_path / str(m), method, replace(settings, micro_batch=m)) for m in (8, 4, 1)]
     for trial in trials:
         ended = fork(trial.run)
