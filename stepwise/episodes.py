@@ -20,12 +20,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from stepwise.collate import text_batch
-from stepwise.errors import ScoreError
 from stepwise.methods.policy_gradient import RankBy, Whiten, gae, regularised_return, rloo, token_rewards, whiten
 from stepwise.risk import Mean
 from stepwise.sampling import Answers, Decoding, Prompts, answer
 from stepwise.scored_policy import ScoredPolicy
-from stepwise.scoring import Scorer, score
+from stepwise.scoring import Scorer, every, score
 from stepwise.token_stats import token_stats
 from stepwise.tokens import Counts, Ragged, Tokens
 
@@ -98,11 +97,7 @@ def play(
 def _scores(scorer: Scorer, name: str, answers: Answers, batch_size: int) -> list[float]:
     texts, columns = answers.asked.texts, answers.columns
     found = score(scorer, texts, answers.texts, name=name, columns=columns, batch_size=batch_size)
-    for row, value in enumerate(found):
-        if value is None:
-            what, wanted = "The return of an episode needs its score", "a number for every response"
-            raise ScoreError(what, where=f"{name}, episode {row}", got="None, which says 'not scored'", wanted=wanted)
-    return [value for value in found if value is not None]
+    return every(found, "The return of an episode needs its score", name=name, item="episode")
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import inspect
 import math
 import numbers
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
@@ -147,6 +147,20 @@ def score(
     if ledger is not None:
         kept = ledger.part(name, level(scorer), prompts, completions, rows.columns, batch_size)
     return list(_calls(scorer, rows, read, batch_size=batch_size, kept=kept))
+
+
+def every(scores: Sequence[float | None], why: str, *, name: str, item: str) -> list[float]:
+    """Scores that must all be there. Raises `ScoreError` saying `why` where one is None, 'not scored'; `item` is what
+    the scores are counted in."""
+    for number, value in enumerate(scores):
+        if value is None:
+            raise ScoreError(
+                why,
+                where=f"scorer {name!r}, {item} {number}",
+                got="None, which says 'not scored'",
+                wanted="a number for every response; the worst one where the scorer cannot judge",
+            )
+    return [value for value in scores if value is not None]
 
 
 def score_tokens(

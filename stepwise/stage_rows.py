@@ -13,7 +13,7 @@ from accelerate import PartialState
 from stepwise import checkpoint
 from stepwise.data import Loaded
 from stepwise.encoding import tokenize_pairs, tokenize_texts
-from stepwise.errors import CheckpointError, DataError, ScoreError
+from stepwise.errors import CheckpointError, DataError
 from stepwise.formats import Pair
 from stepwise.ledger import Ledger
 from stepwise.methods.preference import bradley_terry_labels, pair_weights
@@ -23,10 +23,10 @@ from stepwise.recipe_constraints import PairRisk
 from stepwise.recipe_scorers import OnPolicy
 from stepwise.risk import build
 from stepwise.sampling import Decoding, Prompts
-from stepwise.scoring import score
+from stepwise.scoring import every, score
 from stepwise.targets import fingerprint, resolve
 from stepwise.tokens import Tokens
-from stepwise.workspace import Workspace
+from stepwise.workspace import Workspace, asked_of
 
 _PAIR_BATCH = 256  # responses sampled at once for on-policy pairs
 
@@ -118,9 +118,7 @@ def _known_costs(part: PairRisk, loaded: Loaded, rows: Tokens, place: Path) -> l
             _number(row.get(part.column), part.column, at) for row, at in zip(rows.columns, rows.index, strict=True)
         ]
     pairs = [pair for pair in (loaded.rows[i] for i in rows.index) if isinstance(pair, Pair)]
-    asked = [pair.prompt if isinstance(pair.prompt, str) else json.dumps(pair.prompt) for pair in pairs]
-    names = sorted({name for pair in pairs for name in pair.columns})
-    columns = {name: [pair.columns.get(name) for pair in pairs] for name in names}
+    asked, columns = asked_of(pairs)
     return _scored(part, asked, [pair.rejected for pair in pairs], columns, place)
 
 
@@ -134,15 +132,7 @@ def _scored(
     with PartialState().main_process_first():
         scorer = resolve(part.cost)
         found = score(scorer, prompts, responses, name=name, columns=columns, batch_size=_PAIR_BATCH, ledger=ledger)
-    for row, cost in enumerate(found):
-        if cost is None:
-            raise ScoreError(
-                "The weight of a pair needs the cost of its rejected response",
-                where=f"{part.cost}, pair {row}",
-                got="None, which says 'not scored'",
-                wanted="a number for every response",
-            )
-    return [cost for cost in found if cost is not None]
+    return every(found, "The weight of a pair needs the cost of its rejected response", name=name, item="pair")
 
 
 def _number(value: object, column: str, row: int) -> float:

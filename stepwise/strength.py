@@ -16,7 +16,7 @@ from stepwise import checkpoint
 from stepwise.constraints.certificate import prompts_needed, upper_bound
 from stepwise.constraints.selection import Check, Selection, Step, select
 from stepwise.data import Loaded
-from stepwise.errors import ConfigError, ScoreError
+from stepwise.errors import ConfigError
 from stepwise.formats import Pair, Prompt
 from stepwise.ledger import Ledger
 from stepwise.recipe import Constraint
@@ -24,7 +24,7 @@ from stepwise.recipe_scorers import Spec
 from stepwise.risk import build
 from stepwise.run_folder import RunFolder
 from stepwise.sampling import Decoding, Prompts, answer
-from stepwise.scoring import Scorer, score
+from stepwise.scoring import Scorer, every, score
 from stepwise.strength_report import plot, record
 from stepwise.targets import fingerprint, resolve
 from stepwise.workspace import Workspace
@@ -155,15 +155,7 @@ def _write(path: Path, text: str) -> None:
 
 def _all(rows: list[dict[str, Any]], name: str) -> list[float]:
     """A column; a certificate has no room for responses that were not scored: they could be the harmful ones."""
-    for number, row in enumerate(rows):
-        if row[name] is None:
-            raise ScoreError(
-                "A response was not scored, and a certificate needs every one",
-                where=f"{name}, row {number}, prompt {row['prompt'][:60]!r}",
-                got="None",
-                wanted="a number; the largest cost where the scorer cannot judge",
-            )
-    return [row[name] for row in rows]
+    return every([row[name] for row in rows], "A certificate needs the score of every response", name=name, item="row")
 
 
 def _seen_in_training(run: Workspace, loaded: Loaded) -> int:

@@ -4,7 +4,7 @@ once."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -106,8 +106,14 @@ class Workspace:
 
 
 def as_prompts(loaded: Loaded, tokens: Tokens) -> Prompts:
-    """Tokenised prompts with their texts (a conversation as JSON) and the columns that any of their rows has."""
+    """Tokenised prompts as they are sampled from and scored."""
     rows = [row for row in (loaded.rows[i] for i in tokens.index) if isinstance(row, Prompt | Pair)]
+    texts, columns = asked_of(rows)
+    return Prompts(texts, tokens.field("prompt_ids"), columns)
+
+
+def asked_of(rows: Sequence[Prompt | Pair]) -> tuple[list[str], dict[str, list[Any]]]:
+    """What a scorer is told of rows: their prompts as texts (a conversation as JSON), and the columns that any has."""
     texts = [row.prompt if isinstance(row.prompt, str) else json.dumps(row.prompt) for row in rows]
     names = sorted({name for row in rows for name in row.columns})
-    return Prompts(texts, tokens.field("prompt_ids"), {n: [row.columns.get(n) for row in rows] for n in names})
+    return texts, {name: [row.columns.get(name) for row in rows] for name in names}
