@@ -86,7 +86,7 @@ def judge_pairs(
             "a judge goes by the position of a response: its two orders contradict each other",
             where=f"judge {name!r}, {len(orders)} pairs",
             got=f"mean |J(a, b) + J(b, a) - 1| = {mean:.3g}",
-            wanted=f"at most {asymmetry:g}: J(b, a) = 1 - J(a, b); or a larger `asymmetry`, and the mean of both counts",
+            wanted=f"at most {asymmetry:g}, J(b, a) = 1 - J(a, b); or a larger `asymmetry` and the mean of both",
         )
     wins = [(a + (1 - b)) / 2 for a, b in orders]
     decisive = sum(min(p, 1 - p) < DECISIVE for p in wins) / max(len(wins), 1)

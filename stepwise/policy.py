@@ -73,7 +73,8 @@ class Policy:
             check_shards(base, revision)
             named: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
             tokenizer = AutoTokenizer.from_pretrained(base, **named)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            models: Any = AutoModelForCausalLM
+            model, info = models.from_pretrained(
                 base, use_safetensors=True, output_loading_info=True, **named, **arguments
             )
             check_complete(model, info["missing_keys"], where="model.base", wanted="a folder with all its weights")
@@ -103,7 +104,7 @@ class Policy:
             raise ModelError(f"The stack already has an adapter {name!r}", got=self.names, wanted="a new name")
         config = LoraConfig(
             r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # peft multiplies by it; a fraction is as good
+            lora_alpha=alpha,  # peft multiplies by it; a fraction is as good
             lora_dropout=0.0,  # policy and reference must differ by the top adapter alone
             target_modules=targets if isinstance(targets, str) else list(targets),
             task_type="CAUSAL_LM",

@@ -199,7 +199,7 @@ class StepwiseTrainer(Trainer):
         before = [p.grad if p.grad is None else p.grad.clone() for p in self._trainable()]
         metered = copy.deepcopy(self.meter.state)
         try:
-            return super().training_step(model, inputs, num_items_in_batch)  # type: ignore[arg-type]
+            return super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError as error:
             self._check_split(inputs, error)
         # Outside of the handler: what the failed pass had in memory is free now.
@@ -217,6 +217,7 @@ class StepwiseTrainer(Trainer):
         return torch.stack(losses).sum()
 
     def _trainable(self) -> list[nn.Parameter]:
+        assert self.model is not None
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _check_split(self, inputs: dict[str, Any], error: Exception) -> None:
