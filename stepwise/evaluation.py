@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stepwise.errors import ConfigError, DataError, NonFiniteError
+from stepwise.errors import ConfigError, DataError
 from stepwise.resampling import (
     Ends,
     Floats,
@@ -32,71 +32,11 @@ from stepwise.resampling import (
     percentiles,
     unseen,
 )
+from stepwise.samples import ALL, Samples
 
-if TYPE_CHECKING:
-    from rich.table import Table
-
-Scores = Sequence[float | None]
 Kind = Literal["level", "difference", "relative"]
 
-ALL = "all"  # the stratum of every response
 SHARES = ("violation_rate", "unfinished")
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The responses of one policy; row i of every column belongs to one response.
-
-    prompt_id says which responses answer the same prompt, and which prompts two policies share. rewards and costs hold
-    one column per scorer, None for 'not scored'. kl: KL to the reference policy, nats per response; nll: mean negative
-    log-likelihood per token under the frozen base, nats (None for an empty response); leave out what was not measured.
-
-    Raises:
-        DataError: columns differ in length, a prompt is in two strata, or a stratum is called 'all'.
-        NonFiniteError: a number is NaN or infinite.
-    """
-
-    policy: str
-    prompt_id: Sequence[int | str]
-    stratum: Sequence[str]
-    completion: Sequence[str]
-    tokens: Sequence[int]
-    finished: Sequence[bool]
-    rewards: Mapping[str, Scores] = field(default_factory=dict)
-    costs: Mapping[str, Scores] = field(default_factory=dict)
-    kl: Scores | None = None
-    nll: Scores | None = None
-
-    def __post_init__(self) -> None:
-        for name, column in self.columns().items():
-            if len(column) != len(self.prompt_id):
-                got, wanted = f"{len(column)} rows", f"{len(self.prompt_id)}, as in column 'prompt_id'"
-                raise DataError("columns differ in length", where=self._place(name), got=got, wanted=wanted)
-        for name, column in self._numbers().items():
-            for row, value in enumerate(column):
-                if value is not None and not math.isfinite(value):
-                    where = f"{self._place(name)}, row {row}, prompt {self.prompt_id[row]!r}"
-                    raise NonFiniteError("a sample has a number that is not finite", where=where, got=value)
-        home: dict[int | str, str] = {}
-        for prompt, stratum in zip(self.prompt_id, self.stratum, strict=True):
-            if stratum == ALL or home.setdefault(prompt, stratum) != stratum:
-                got = f"prompt {prompt!r} in {stratum!r} and {home.get(prompt)!r}"
-                wanted = f"one stratum per prompt, not called {ALL!r}"
-                raise DataError("strata are ambiguous", where=self._place("stratum"), got=got, wanted=wanted)
-
-    def columns(self) -> dict[str, Sequence[object]]:
-        """Every column by its name in tables and files: rewards are 'rewards/<name>', costs 'cost/<name>'."""
-        text = {"prompt_id": self.prompt_id, "stratum": self.stratum, "completion": self.completion}
-        return {**text, "tokens": self.tokens, "finished": self.finished, **self._numbers()}
-
-    def _numbers(self) -> dict[str, Scores]:
-        rewards = {f"rewards/{name}": column for name, column in self.rewards.items()}
-        costs = {f"cost/{name}": column for name, column in self.costs.items()}
-        optional = {"kl": self.kl, "nll": self.nll}
-        return rewards | costs | {name: column for name, column in optional.items() if column is not None}
-
-    def _place(self, column: str) -> str:
-        return f"samples of policy {self.policy!r}, column {column!r}"
 
 
 @dataclass(frozen=True)
@@ -186,30 +126,6 @@ def compare(
     return estimates
 
 
-def render(estimates: Iterable[Estimate], *, title: str = "") -> Table:
-    """One column per policy or comparison; with intervals over all responses, without per stratum."""
-    from rich.box import SIMPLE
-    from rich.table import Column, Table
-
-    rows: dict[tuple[str, str], dict[str, str]] = {}
-    unscored = []
-    for estimate in estimates:
-        if estimate.stratum == ALL or estimate.metric.startswith(("rewards/", "cost/")):
-            rows.setdefault((estimate.stratum, estimate.metric), {})[_heading(estimate)] = _cell(estimate)
-        if estimate.unscored and estimate.stratum == ALL:
-            unscored.append(f"{_heading(estimate)}, {estimate.metric}: {estimate.unscored} not scored")
-    headings = list(dict.fromkeys(heading for row in rows.values() for heading in row))
-    first = (Column("stratum", no_wrap=True), Column("metric", no_wrap=True))
-    table = Table(*first, *headings, title=title or None, caption="\n".join(unscored) or None, box=SIMPLE)
-    strata = sorted({stratum for stratum, _ in rows}, key=lambda name: (name != ALL, name))
-    for stratum in strata if len(strata) > 2 else [ALL]:  # a single stratum is the whole
-        table.add_section()
-        block = [(metric, row) for (home, metric), row in rows.items() if home == stratum]
-        for index, (metric, row) in enumerate(block):
-            table.add_row("" if index else stratum, metric, *(row.get(heading, "") for heading in headings))
-    return table
-
-
 def to_json(estimates: Iterable[Estimate]) -> str:
     """A list of records with the fields of `Estimate`; null for None."""
     return json.dumps([asdict(estimate) for estimate in estimates], indent=1, allow_nan=False)
@@ -279,26 +195,6 @@ def _replicate(metric: _Metric, responses: _Responses, counts_RP: Floats) -> tup
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-def _heading(estimate: Estimate) -> str:
-    texts = {
-        "level": estimate.policy,
-        "difference": f"{estimate.policy} - {estimate.baseline}",
-        "relative": f"{estimate.policy} / {estimate.baseline} - 1",
-    }
-    return texts[estimate.kind]
-
-
-def _cell(estimate: Estimate) -> str:
-    def number(value: float) -> str:
-        return f"{value:+.1%}" if estimate.kind == "relative" else f"{value:.3g}"
-
-    if estimate.value is None:
-        return "-"
-    if estimate.low is None or estimate.high is None or estimate.stratum != ALL:
-        return number(estimate.value)
-    return f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]"
 
 
 def _check_options(*, tail: float, bootstrap: int, confidence: float) -> None:

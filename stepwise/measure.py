@@ -1,21 +1,32 @@
-"""Sample every policy of a run on held-out prompts, score, and say how helpfulness and the tail of the harm changed."""
+"""Sample policies on prompts, score, and say how helpfulness and the tail of the harm differ: the one path of every
+evaluation, of a run by itself and on prompts given later.
+
+A folder of an evaluation, and the folder of a run, hold
+  samples/<policy>.parquet  metrics.json
+"""
 
 from __future__ import annotations
 
 import functools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from stepwise import checkpoint
-from stepwise.evaluation import ALL, Estimate, Samples, compare, render, summarise
+from stepwise import samples as sample_files
+from stepwise.display import Display
+from stepwise.errors import ConfigError, DataError
+from stepwise.evaluation import Estimate, compare, summarise
+from stepwise.evaluation_table import render
 from stepwise.ledger import Ledger, digest
 from stepwise.policy import Policy
-from stepwise.recipe import SELECTED
-from stepwise.rollout import rollout
+from stepwise.recipe import SELECTED, Evaluate, Recipe
+from stepwise.recipe_schema import one_of
+from stepwise.rollout import Measures, rollout
+from stepwise.samples import ALL, Samples
 from stepwise.sampling import Decoding, Prompts, fingerprint
 from stepwise.scoring import Scorer
 from stepwise.strength import chosen_scale
@@ -24,7 +35,31 @@ from stepwise.targets import resolve
 from stepwise.workspace import Workspace
 
 _SCORES = ("rewards/", "cost/", "length")
-_KEY = b"stepwise.key"
+_ALONE = "every prompt"  # the stratum where there are none
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whose policies are measured: a base, and the adapters on it in order.
+
+    anchor: the adapters of the policy that the KL is measured to; selected: the certified strength of the last adapter.
+    """
+
+    policy: Policy
+    adapters: Sequence[str] = ()
+    anchor: Sequence[str] = ()
+    selected: float | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Of the policies that can be measured."""
+        return ["base", *self.adapters, *([] if self.selected is None else [SELECTED])]
+
+    def stack(self, name: str) -> tuple[list[str], float]:
+        """The adapters of a policy, and the strength of the last one of all."""
+        if name == SELECTED and self.selected is not None:
+            return list(self.adapters), self.selected
+        return [] if name == "base" else list(self.adapters[: self.adapters.index(name) + 1]), 1.0
 
 
 def evaluate(run: Workspace, *, anew: bool = False) -> list[Estimate]:
@@ -34,74 +69,105 @@ def evaluate(run: Workspace, *, anew: bool = False) -> list[Estimate]:
     """
     part = run.recipe.evaluate
     assert part is not None
+    prompts = run.prompts(run.load(part.data), max_prompt_length=run.recipe.training.max_prompt_length)
+    subject = Subject(run.policy, list(run.recipe.stages), anchor_of(run.recipe), chosen_scale(run.folder))
+    if subject.selected is None and part.policies is not None:  # nothing was certified
+        part = part.model_copy(update={"policies": tuple(name for name in part.policies if name != SELECTED)})
+    return measure(subject, part, prompts, folder=run.folder.path, seed=run.recipe.seed, display=run.display, anew=anew)
+
+
+def anchor_of(recipe: Recipe) -> list[str]:
+    """The adapters of the policy that the KL is measured to: up to the last supervised stage."""
+    names = list(recipe.stages)
+    sft = max((i for i, name in enumerate(names) if recipe.stages[name].method == "sft"), default=-1)
+    return names[: 1 + sft]
+
+
+def measure(
+    subject: Subject,
+    part: Evaluate,
+    prompts: Prompts,
+    *,
+    folder: Path,
+    seed: int,
+    display: Display,
+    anew: bool = False,
+) -> list[Estimate]:
+    """Measure the policies of `part` on `prompts`; print the tables, write samples and `metrics.json` to `folder`.
+
+    Raises `ConfigError` when a policy does not exist, `DataError` when a prompt has no stratum, and what sampling and
+    scoring raise; what was finished before is kept, and the same call goes on behind it.
+    """
     about = {key: scorer_fingerprint(scorer) for key, scorer in {**part.rewards, **part.costs}.items()}
-    ledger = Ledger.beside(run.folder.path / "samples", about)
-    found = list(_measured(run, ledger, anew=anew))
+    ledger = Ledger.beside(folder / "samples", about)
+    work = _Work(subject, part, prompts, folder, seed, display, ledger)
+    found = list(work.measured(anew=anew))
     options: dict[str, Any] = {"tail": part.tail, "violation": part.violation, "bootstrap": part.bootstrap}
-    options |= {"confidence": part.confidence, "seed": run.recipe.seed}
+    options |= {"confidence": part.confidence, "seed": seed}
     estimates = summarise(found, **options)
     changes = [change for before, after in pairwise(found) for change in compare(after, before, **options)]
     text = json.dumps([asdict(e) for e in (*estimates, *changes)], indent=1, allow_nan=False)
-    checkpoint.write_text(run.folder.path / "metrics.json", text)
+    checkpoint.write_text(folder / "metrics.json", text)
     ledger.remove()
-    run.display.result(render(estimates))
+    display.result(render(estimates))
     shown = [c for c in changes if c.kind == "relative" and c.stratum == ALL and c.metric.startswith(_SCORES)]
-    run.display.result(render(shown, title="change from policy to policy"))
+    display.result(render(shown, title="change from policy to policy"))
     return estimates
 
 
-def _measured(run: Workspace, ledger: Ledger, *, anew: bool) -> Iterator[Samples]:
-    """The samples of every policy, saved."""
-    part = run.recipe.evaluate
-    assert part is not None
-    loaded = run.load(part.data)
-    prompts = run.prompts(loaded, max_prompt_length=run.recipe.training.max_prompt_length)
-    strata = [str(v) for v in prompts.columns[part.strata]] if part.strata else ["every prompt"] * len(prompts.ids)
-    decoding = Decoding(part.max_new_tokens, part.temperature, batch_size=part.batch_size, seed=run.recipe.seed)
-    names = list(run.recipe.stages)
-    anchor = names[: 1 + max((i for i, n in enumerate(names) if run.recipe.stages[n].method == "sft"), default=-1)]
+@dataclass(frozen=True)
+class _Work:
+    subject: Subject
+    part: Evaluate
+    prompts: Prompts
+    folder: Path
+    seed: int
+    display: Display
+    ledger: Ledger
 
-    @functools.cache
-    def scorers() -> list[dict[str, Scorer]]:  # loaded when they are needed
-        return [{name: resolve(spec) for name, spec in specs.items()} for specs in (part.rewards, part.costs)]
+    def measured(self, *, anew: bool) -> Iterator[Samples]:
+        """The samples of every policy, saved."""
+        names = list(self.part.policies or self.subject.names)
+        for name in names:
+            if name not in self.subject.names:
+                wanted = one_of(self.subject.names, near=name)
+                raise ConfigError("there is no such policy", where=self.folder, got=repr(name), wanted=wanted)
+        strata = _strata(self.prompts, self.part.strata)
+        scorers = functools.cache(lambda: [_resolved(self.part.rewards), _resolved(self.part.costs)])
+        adapters = self.subject.adapters
+        for name in names:
+            stack, scale = self.subject.stack(name)
+            if adapters:
+                self.subject.policy.scale(adapters[-1], scale)
+            try:
+                yield self._policy(name, stack, strata, scorers, anew=anew)
+            finally:
+                if adapters:
+                    self.subject.policy.scale(adapters[-1], 1.0)
 
-    def measure(name: str, stack: Sequence[str]) -> Samples:
-        path = run.folder.path / "samples" / f"{name}.parquet"
-        policies = [_fingerprint(run.policy, adapters) for adapters in (stack, anchor, [])]
-        scored = [list(part.rewards), list(part.costs), dict(ledger.about)]
-        key = digest(policies, prompts, asdict(decoding), part.samples, strata, scored)
-        samples = None if anew else _read_samples(path, name, key)
-        if samples is not None:
-            run.display.say(f"{name}: evaluated earlier")
-            return samples
-        run.display.say(f"evaluating {name}")
+    def _policy(self, name: str, stack: Sequence[str], strata: Sequence[str], scorers: Any, *, anew: bool) -> Samples:
+        part, policy, anchor = self.part, self.subject.policy, self.subject.anchor
+        decoding = Decoding(part.max_new_tokens, part.temperature, batch_size=part.batch_size, seed=self.seed)
+        path = self.folder / "samples" / f"{name}.parquet"
+        policies = [_fingerprint(policy, adapters) for adapters in (stack, anchor, [])]
+        scored = [list(part.rewards), list(part.costs), dict(self.ledger.about)]
+        key = digest(policies, self.prompts, asdict(decoding), part.samples, strata, scored)
+        found = None if anew else sample_files.read(path, name, key=key)
+        if found is not None:
+            self.display.say(f"{name}: evaluated earlier")
+            return found
+        self.display.say(f"evaluating {name}")
         rewards, costs = scorers()
-        samples = rollout(
-            run.policy,
-            prompts,
-            decoding,
-            name=name,
-            stack=stack,
-            anchor=anchor,
-            rewards=rewards,
-            costs=costs,
-            stratum=strata,
-            samples=part.samples,
-            ledger=ledger,
-        )
-        _save_samples(path, samples, prompts, key)
-        return samples
+        measures = Measures(rewards, costs, anchor, part.samples)
+        told: dict[str, Any] = {"stack": stack, "measures": measures, "stratum": strata, "ledger": self.ledger}
+        sample_files.write(path, rollout(policy, self.prompts, decoding, **told), key=key)
+        found = sample_files.read(path, name, key=key)
+        assert found is not None
+        return found
 
-    selected = chosen_scale(run.folder)
-    for name in part.policies or ("base", *names, *([SELECTED] if run.recipe.select else [])):
-        if name == SELECTED and selected is None:
-            continue  # nothing was certified
-        policy, scale = (names[-1], selected) if name == SELECTED and selected is not None else (name, 1.0)
-        run.policy.scale(names[-1], scale)
-        try:
-            yield measure(name, [] if policy == "base" else names[: names.index(policy) + 1])
-        finally:
-            run.policy.scale(names[-1], 1.0)
+
+def _resolved(specs: Any) -> dict[str, Scorer]:
+    return {name: resolve(spec) for name, spec in specs.items()}
 
 
 def _fingerprint(policy: Policy, stack: Sequence[str]) -> str:
@@ -109,31 +175,14 @@ def _fingerprint(policy: Policy, stack: Sequence[str]) -> str:
         return fingerprint(policy)
 
 
-def _save_samples(path: Path, samples: Samples, prompts: Prompts, key: str) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    columns = {"prompt": [prompts.texts[int(i)] for i in samples.prompt_id], **samples.columns()}
-    table = pyarrow.table({name: list(column) for name, column in columns.items()}, metadata={_KEY: key.encode()})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_file(path, lambda file: pyarrow.parquet.write_table(table, file, write_page_checksum=True))
-
-
-def _read_samples(path: Path, name: str, key: str) -> Samples | None:
-    """Saved samples; None where there are none, or damaged ones, or those of another policy, prompts or scorer."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path, page_checksum_verification=True)
-    except (OSError, pyarrow.ArrowException):
-        return None
-    if (table.schema.metadata or {}).get(_KEY) != key.encode():
-        return None
-    columns: dict[str, list[Any]] = table.to_pydict()
-    del columns["prompt"]
-    scores: dict[str, dict[str, list[Any]]] = {"rewards": {}, "cost": {}}
-    for column in [column for column in columns if "/" in column]:
-        kind, scorer = column.split("/", 1)
-        scores[kind][scorer] = columns.pop(column)
-    return Samples(policy=name, rewards=scores["rewards"], costs=scores["cost"], **columns)
+def _strata(prompts: Prompts, column: str | None) -> list[str]:
+    if column is None:
+        return [_ALONE] * len(prompts.ids)
+    if column not in prompts.columns:
+        wanted = one_of(sorted(prompts.columns), near=column) if prompts.columns else "prompts with such a column"
+        raise DataError("The prompts have no column of strata", got=repr(column), wanted=wanted)
+    values = prompts.columns[column]
+    if None in values:
+        where = f"column {column!r}, prompt {values.index(None)}"
+        raise DataError("A prompt has no stratum", where=where, wanted="a value in every row, or no strata")
+    return [str(value) for value in values]

@@ -25,14 +25,12 @@ from stepwise.policy_gradient_stage import run_policy_gradient_stage
 from stepwise.recipe import EpisodesStage, Recipe, RsaStage, ScorerStage
 from stepwise.recipe_scorers import Spec
 from stepwise.run_folder import RunFolder
-from stepwise.sampling import Decoding
+from stepwise.sampling import Decoding, context
 from stepwise.scorer_stage import run_scorer_stage
 from stepwise.stages import run_stage
 from stepwise.strength import CERTIFICATE, check_prompts, chosen_scale, select_strength
 from stepwise.targets import check, fingerprint, resolve
 from stepwise.workspace import Workspace, as_prompts
-
-_CONTEXT = 2048  # tokens, where a model's config does not say
 
 
 def run(recipe: Recipe, output: Path | None = None, *, display: Display | None = None) -> list[Estimate]:
@@ -130,15 +128,28 @@ def evaluate_run(path: Path, *, display: Display | None = None) -> list[Estimate
     """
     folder = RunFolder(path)
     recipe = folder.recipe()
-    missing = [name for name in recipe.stages if name not in folder.finished(recipe)]
-    if missing or recipe.evaluate is None:
+    refuse_unfinished(folder, recipe)
+    if recipe.evaluate is None:
         raise ConfigError(
             "This run cannot be evaluated",
             where=path,
-            got=f"unfinished stages {missing}" if missing else "a recipe without `evaluate:`",
-            wanted="a finished run of a recipe that says what to measure; `stepwise run` finishes one",
+            got="a recipe without `evaluate:`",
+            wanted="a recipe that says what to measure, or prompts and scorers of your own: --prompts, --cost",
         )
     return _run_in(path, recipe, display, anew=True)
+
+
+def refuse_unfinished(folder: RunFolder, recipe: Recipe) -> None:
+    """Raise `ConfigError` unless every stage of a run is trained, and the last one left a policy."""
+    missing = [name for name in recipe.stages if name not in folder.finished(recipe)]
+    last = list(recipe.stages.values())[-1]
+    if missing or isinstance(last, ScorerStage):
+        raise ConfigError(
+            "This run cannot be evaluated",
+            where=folder.path,
+            got=f"unfinished stages {missing}" if missing else "a cost or reward model, which is no policy",
+            wanted="a finished run that ends in a policy; `stepwise run` finishes one",
+        )
 
 
 def make_pairs(
@@ -160,10 +171,8 @@ def make_pairs(
         raise ConfigError("The file of pairs exists already", where=output, wanted="a new file")
     policy = open_policy(model)
     loaded = load(data)
-    longest = getattr(policy.model.config.get_text_config(), "max_position_embeddings", _CONTEXT)
-    tokens = tokenize_prompts(
-        loaded.rows, policy.tokenizer, template=None, max_prompt_length=longest - decoding.max_new_tokens
-    )
+    longest = context(policy) - decoding.max_new_tokens
+    tokens = tokenize_prompts(loaded.rows, policy.tokenizer, template=None, max_prompt_length=longest)
     prompts = as_prompts(loaded, tokens)
     ledger = Ledger.beside(output, {scorer: fingerprint(scorer)})
     with checkpoint.exclusive(ledger.folder):

@@ -89,6 +89,7 @@ __all__ = [
     "json_schema",
     "load",
     "problems",
+    "read_evaluate",
     "shipped",
 ]
 
@@ -297,6 +298,16 @@ def problems(tree: recipe_file.Tree) -> list[ConfigError]:
         told = [recipe_file.located(tree, problem) for problem in found]
         return [*told, ConfigError(f"{len(broken) - MAX_TOLD} more")] if len(broken) > MAX_TOLD else told
     return []
+
+
+def read_evaluate(tree: recipe_file.Tree) -> Evaluate:
+    """The `evaluate:` of a recipe, alone. Raises `ConfigError` with every rule that is broken."""
+    try:
+        return Evaluate.model_validate(tree.value)
+    except ValidationError as error:
+        schema = Evaluate.model_json_schema(by_alias=True)
+        found = recipe_schema.explain(error.errors(include_url=False)[:MAX_TOLD], tree.value, schema)
+        raise recipe_file.joined(tree.source, [recipe_file.located(tree, problem) for problem in found]) from None
 
 
 @cache

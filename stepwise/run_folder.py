@@ -5,6 +5,7 @@ runs/<name>/
   sandbox/  cache/                                  built once
   stages/01-sft/{data.json, round-1/{pairs/, costs/, checkpoints/, adapter/}, adapter/, metrics.json}
   samples/<policy>.parquet  metrics.json
+  evaluations/<name>/{about.json, samples/<policy>.parquet, metrics.json}   on prompts given later
   outcome.json  warnings.jsonl                      how the last process ended; what it warned of
 """
 

@@ -35,7 +35,8 @@ class Prompts(NamedTuple):
 class Decoding:
     """How to draw responses: nothing is truncated unless `top_k` or `top_p` says so; temperature 0 is greedy.
 
-    The end token is forbidden before `min_new_tokens`.
+    The end token is forbidden before `min_new_tokens`. Every batch has a random stream of its own; `stream` is the
+    number of the first one, for work done block by block.
     """
 
     max_new_tokens: int
@@ -45,6 +46,7 @@ class Decoding:
     top_k: int | None = None
     top_p: float | None = None
     min_new_tokens: int = 0
+    stream: int = 0
 
 
 class Response(NamedTuple):
@@ -63,9 +65,9 @@ def sample(
     function of its arguments: every batch has its own random stream, so that what goes on from a `ledger` equals what
     was never interrupted. Raises `DataError` when a prompt is empty or leaves no room in the context.
     """
-    limit = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = context(policy)
     for index, prompt in enumerate(prompts):
-        if not prompt or (limit is not None and len(prompt) + decoding.max_new_tokens > limit):
+        if not prompt or len(prompt) + decoding.max_new_tokens > limit:
             raise DataError(
                 "A prompt is empty" if not prompt else "A prompt does not fit into the model's context",
                 where=f"prompt {index}",
@@ -77,7 +79,7 @@ def sample(
     chunks = [by_length[start : start + decoding.batch_size] for start in range(0, len(prompts), decoding.batch_size)]
 
     def draw(number: int, chunk: list[int]) -> list[Response]:
-        with _random_stream(policy.device, decoding.seed, number):
+        with _random_stream(policy.device, decoding.seed, decoding.stream + number):
             return _generate(policy, [prompts[i] for i in chunk], decoding)
 
     kept: list[Any] | Part = []
@@ -87,6 +89,11 @@ def sample(
         for index, row in zip(chunk, rows, strict=True):
             responses[index] = Response(*row)
     return [r for r in responses if r is not None]
+
+
+def context(policy: Policy) -> int:
+    """Tokens that the model can see; 2,048 where its config does not say."""
+    return getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or 2048
 
 
 def fingerprint(policy: Policy) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,18 +61,7 @@ class Workspace:
     def load(self, data: Data) -> Loaded:
         """The rows of a recipe's `data:`."""
         path = str(getattr(self.sandbox, data.path.removeprefix("sandbox:"))) if data.is_sandbox else data.path
-        loaded = load(
-            Source(
-                path=path,
-                format=data.format,
-                split=data.split,
-                config=data.config,
-                label=data.label,
-                columns=dict(data.columns),
-                limit=data.limit,
-                on_bad_row=data.on_bad_row,
-            )
-        )
+        loaded = load(replace(source(data), path=path))
         if loaded.report.bad:
             self.display.warn(f"{data.path}: {loaded.report}")
         return loaded
@@ -103,6 +93,20 @@ class Workspace:
         assert data is not None  # a recipe with a multiplier has it
         loaded = self.load(data)
         return self.prompts(loaded, max_prompt_length=self.recipe.training_of(stage).max_prompt_length)
+
+
+def source(data: Data) -> Source:
+    """The rows that a recipe's `data:` names, those of the sandbox not yet found."""
+    return Source(
+        path=data.path,
+        format=data.format,
+        split=data.split,
+        config=data.config,
+        label=data.label,
+        columns=dict(data.columns),
+        limit=data.limit,
+        on_bad_row=data.on_bad_row,
+    )
 
 
 def as_prompts(loaded: Loaded, tokens: Tokens) -> Prompts:

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from stepwise.errors import ConfigError, DataError, NonFiniteError
-from stepwise.evaluation import ALL, Estimate, Samples, compare, render, summarise, to_json
+from stepwise.evaluation import Estimate, compare, summarise, to_json
+from stepwise.evaluation_table import render
+from stepwise.samples import ALL, Samples
 
 OPTIONS: dict[str, Any] = {"tail": 0.25, "violation": 0.5, "bootstrap": 200, "confidence": 0.9, "seed": 0}
 

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from stepwise import pipeline
+from stepwise import evaluations, pipeline
 from stepwise.data import Source
 from stepwise.display import Display
 from stepwise.errors import CheckpointError, ConfigError, DataError, ModelError, OtherRecipe, ScoreError
@@ -248,3 +248,20 @@ def test_pairs_that_a_scorer_cannot_tell_apart_are_an_error(finished: Path, tmp_
             output=tmp_path / "pairs.jsonl",
         )
     assert not (tmp_path / "pairs.jsonl").exists()
+
+
+def test_a_finished_run_is_evaluated_on_other_prompts_with_other_scorers(finished: Path) -> None:
+    prompts = str(finished / "sandbox" / "calibration.jsonl")
+    overrides = ["costs.tokens=test_pipeline:one_per_token", "policies=[base, safe]", "data.limit=6", "strata=stratum"]
+    before = (finished / "metrics.json").read_text()
+    asked = evaluations.request(str(finished), [prompts], overrides)
+    evaluations.evaluate_on(asked, display=QUIET)
+    place = finished / "evaluations" / "calibration"
+    assert sorted(path.name for path in (place / "samples").iterdir()) == ["base.parquet", "safe.parquet"]
+    rows = pyarrow.parquet.read_table(place / "samples" / "safe.parquet")
+    assert rows.num_rows == 6
+    assert max(rows["tokens"].to_pylist()) <= 16  # the recipe's
+    assert [name for name in rows.column_names if "/" in name] == ["cost/tokens"]
+    kinds = {(e["policy"], e["kind"]) for e in json.loads((place / "metrics.json").read_text())}
+    assert {("base", "level"), ("safe", "level"), ("safe", "relative")} <= kinds
+    assert (finished / "metrics.json").read_text() == before

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import logging
 
-from stepwise.cli import recipes, runs, scorers
+from stepwise.cli import evaluation, recipes, runs, scorers
 from stepwise.cli.app import app, call
 
-__all__ = ["app", "main", "recipes", "runs", "scorers"]
+__all__ = ["app", "evaluation", "main", "recipes", "runs", "scorers"]
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Commands that run a recipe, or measure a run again."""
+"""Commands that run a recipe."""
 
 from __future__ import annotations
 
@@ -23,30 +23,18 @@ def run(
     """Run a recipe, or go on with it: the same command resumes where an earlier one stopped."""
     checked = recipes.load(recipe, overrides or [])
     folder = output or Path("runs") / checked.name
-    with _working_in(folder, checked):
+    with working_in(folder, checked):
         from stepwise import pipeline
 
         pipeline.run(checked, folder, display=display())
-    _show_run(folder)
+    show_run(folder)
 
 
-@app.command()
-def evaluate(
-    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)],
-) -> None:
-    """Evaluate a finished run again."""
-    with _working_in(folder, RunFolder(folder).recipe()):
-        from stepwise import pipeline
-
-        pipeline.evaluate_run(folder, display=display())
-    _show_run(folder)
-
-
-def _working_in(folder: Path, recipe: recipes.Recipe) -> AbstractContextManager[None]:
+def working_in(folder: Path, recipe: recipes.Recipe) -> AbstractContextManager[None]:
     return going_on(lambda: RunFolder(folder).saved(recipe))
 
 
-def _show_run(folder: Path) -> None:
+def show_run(folder: Path) -> None:
     """The tables were printed on the way."""
     metrics = folder / "metrics.json"
     found = json.loads(metrics.read_text()) if metrics.is_file() else []

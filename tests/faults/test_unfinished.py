@@ -17,7 +17,7 @@ import torch
 from forks import Ended, fork
 from small_models import words
 
-from stepwise import pipeline, sampling, stage_rows
+from stepwise import evaluations, pipeline, rollout, sampling, stage_rows
 from stepwise.data import Source
 from stepwise.display import Display
 from stepwise.recipe import load
@@ -114,6 +114,15 @@ class Work:
 
     def anew(self) -> None:
         pipeline.evaluate_run(self.run, display=Display(quiet=True))
+
+    def elsewhere(self) -> None:
+        rollout.BLOCK = 10  # four blocks of five prompts, of two batches each
+        scorer = f"{self.folder}/scorer.py"
+        overrides = [f"rewards.variety={scorer}:variety", f"costs.length={scorer}:length", "samples=2", "batch_size=5"]
+        overrides += ["max_new_tokens=8", "bootstrap=100", "data.limit=20"]
+        prompts = [str(self.folder / "others.jsonl")]
+        asked = evaluations.request(str(self.base), prompts, overrides, output=self.folder / "evaluations")
+        evaluations.evaluate_on(asked, display=Display(quiet=True))
 
     def pairs(self) -> None:
         pipeline.make_pairs(
@@ -295,3 +304,21 @@ def test_pairs_are_made_once_and_leave_nothing_beside_them(base: Path, tmp_path:
     assert (work.batches, work.rows) == (batches, rows)
     assert (work.folder / "pairs.jsonl").read_text() == (expected.folder / "pairs.jsonl").read_text()
     assert not hidden(work.folder)
+
+
+def test_an_evaluation_on_other_prompts_goes_on_wherever_it_was_killed(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    expected = Work(tmp_path / "a", base)
+    assert expected(expected.elsewhere).code == 0
+    assert (expected.batches, len(expected.calls)) == (8, 16)
+    (tmp_path / "b").mkdir()
+    work = Work(tmp_path / "b", base)
+    for die in [("sample", 1), ("sample", 3), ("score", 5), ("score", 10), ("sample", 7), ("score", 15)]:
+        assert work(work.elsewhere, die=die).code == (2 if die == ("score", 10) else -signal.SIGKILL)
+        assert not (work.folder / "evaluations" / "others" / "metrics.json").exists()
+    assert work(work.elsewhere).code == 0
+    assert (work.batches, work.rows) == (expected.batches, expected.rows)
+    for name in ("metrics.json", "samples/base.parquet"):
+        ours, theirs = (w.folder / "evaluations" / "others" / name for w in (work, expected))
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert not hidden(work.folder / "evaluations")
