@@ -41,6 +41,7 @@ def load_classifier(
     *,
     revision: str | None = None,
     label: str | int | None = None,
+    output: Literal["probability", "logit"] = "probability",
     template: str | None = None,
     quantization: Literal["none", "nf4"] = "none",
     batch_size: int = 32,
@@ -49,9 +50,9 @@ def load_classifier(
     """A scorer made of the sequence classifier or score model in a folder or on the hub.
 
     With one label a score is the raw logit; with several it is the probability of `label` (a name or an index):
-    softmax, or sigmoid where the config says that labels do not exclude one another. Published score models
-    (architectures named `...ForScore`, such as the Beaver models of Safe RLHF, 2310.12773) give their end score,
-    normalised where their config says so.
+    softmax, or sigmoid where the config says that labels do not exclude one another; with `output` "logit" the raw
+    logit. Published score models (architectures named `...ForScore`, such as the Beaver models of Safe RLHF,
+    2310.12773) give their end score, normalised where their config says so.
 
     `template` is a text with {completion} and mostly {prompt}; it may end with control tokens such as `</s>`, and what
     the tokenizer adds to a text (BOS, [CLS]) is added. None: the template the model was saved with, the one of
@@ -71,7 +72,7 @@ def load_classifier(
     published = any(name.endswith("ForScore") for name in config.architectures or ())
     load = _score_model if published else _sequence_classifier
     network, logits, names = load(model, revision=revision, quantization=quantization)
-    readout = _normaliser(model, revision, config) if published else _probability(model, names, label, config)
+    readout = _normaliser(model, revision, config) if published else _of_label(model, names, label, config, output)
     own = getattr(config, TEMPLATE, None) or (f"{_BEAVER}{tokenizer.eos_token or ''}" if published else None)
     limits = [max_length, tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
     return Classifier(
@@ -317,7 +318,7 @@ def _tensors(model: str, revision: str | None, prefix: str) -> dict[str, Tensor]
 # --- logits to a score -----------------------------------------------------------------------------------------------
 
 
-def _probability(model: str, names: Sequence[str], label: str | int | None, config: Any) -> Readout:
+def _of_label(model: str, names: Sequence[str], label: str | int | None, config: Any, output: str) -> Readout:
     if len(names) == 1 and label is None:
         return lambda logits_BL: logits_BL[:, 0]
     known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
@@ -330,6 +331,8 @@ def _probability(model: str, names: Sequence[str], label: str | int | None, conf
             got="no label" if label is None else f"label {label!r}",
             wanted="no label" if len(names) == 1 else f"one of {listed}",
         )
+    if output == "logit":
+        return lambda logits_BL: logits_BL[:, chosen]
     if config.problem_type == "multi_label_classification":
         return lambda logits_BL: logits_BL[:, chosen].sigmoid()
     return lambda logits_BL: logits_BL.softmax(-1)[:, chosen]

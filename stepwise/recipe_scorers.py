@@ -5,6 +5,7 @@
     hf:org/model[@revision], ./folder                           a sequence classifier
     https://host/v1                                             a judge behind an OpenAI-compatible endpoint
     combine                                                     several of the others
+    noise                                                       one of the others, wrong now and then
 
 Reading one imports no target and opens no file.
 """
@@ -18,7 +19,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError, model_validator
 
 from stepwise import recipe_file, recipe_schema
-from stepwise.recipe_parts import Conflict, Count, Part, Text, refuse
+from stepwise.recipe_parts import Conflict, Count, Part, Seed, Text, refuse
 
 CALL = r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*|\.{0,2}/[^:]+\.py:[A-Za-z_]\w*|[a-z][a-z0-9_-]*)"
 MODEL = r"(hf:[\w.-]+(/[\w.-]+)?(@[\w./-]+)?|\.{0,2}/[^:]*)"
@@ -27,6 +28,7 @@ TARGETS = "package.module:name, ./file.py:name, a registered name, hf:org/model 
 NEEDS_OPTIONS = {
     "lexicon": "{target: lexicon, words: words.csv}",
     "combine": "{target: combine, how: max, parts: {...}}",
+    "noise": "{target: noise, of: ./my_reward.py:score, flip: 0.1}",
     "judge": "{target: https://host/v1, model: ..., prompt: ..., pattern: ...}",
 }
 
@@ -48,8 +50,8 @@ def form(value: object) -> str | None:
 
 
 def kind(target: str) -> str:
-    """call, lexicon, model, judge or combine; what has no other form is meant as a call."""
-    if target in ("lexicon", "combine"):
+    """call, lexicon, model, judge, combine or noise; what has no other form is meant as a call."""
+    if target in ("lexicon", "combine", "noise"):
         return target
     if target.startswith(("http://", "https://")):
         return "judge"
@@ -104,6 +106,9 @@ class Classifier(_Scorer):
     )
     label: Text | None = Field(
         default=None, description="label whose probability is the score, where there are several"
+    )
+    output: Literal["probability", "logit"] = Field(
+        default="probability", description="what a score is where there are several labels"
     )
     template: Text | None = Field(
         default=None,
@@ -230,9 +235,55 @@ class Combine(_Scorer):
                 yield Conflict((key, name), "there is no such part", recipe_schema.short(name), wanted)
 
 
-Spec = Call | Lexicon | Classifier | Judge | Combine
+_COMBINE = Annotated[Combine, Tag("<combine>")]
+
+
+class Slice(Part):
+    """Which rows noise hits: those with a value in a column, or a share of the prompts."""
+
+    column: Text | None = Field(default=None, description="column of the data; with value")
+    value: Text | None = Field(default=None, description="rows with this value there, as text")
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="share of the prompts, chosen by a hash; without a column"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.column is None) != (self.value is None):
+            got = "column alone" if self.value is None else "value alone"
+            refuse([Conflict(("column",), "a column and its value belong together", got, "both, or a share")])
+        if self.column is not None and self.share != 1:
+            refuse([Conflict(("share",), "the rows are said twice", "column and share", "one of them")])
+        return self
+
+
+class Noise(_Scorer):
+    """A scorer that is wrong now and then: to measure robustness."""
+
+    target: Literal["noise"] = Field(description="another scorer, made unreliable")
+    of: Annotated[_PLAIN | _CALL | _LEXICON | _CLASSIFIER | _JUDGE | _COMBINE, Discriminator(form)] = Field(
+        description="the scorer: a target, or a mapping with target and options"
+    )
+    flip: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="probability that a score is mirrored at center; 1 on a slice is an adversary"
+    )
+    std: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=0.0, description="standard deviation of what is added, in units of the score"
+    )
+    center: Annotated[float, Field(ge=-1e9, le=1e9)] = Field(default=0.0, description="what a flip mirrors at")
+    slice: Slice = Field(default=Slice(), description="which rows are hit; all by default")
+    seed: Seed = Field(default=0, description="seed of the noise; a row's follows from it and the texts alone")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.flip == 0 and self.std == 0:
+            refuse([Conflict(("flip",), "there is no noise", "flip 0 and std 0", "one of them above 0")])
+        return self
+
+
+Spec = Call | Lexicon | Classifier | Judge | Combine | Noise
 Scorer = Annotated[
-    _PLAIN | _CALL | _LEXICON | _CLASSIFIER | _JUDGE | Annotated[Combine, Tag("<combine>")], Discriminator(form)
+    _PLAIN | _CALL | _LEXICON | _CLASSIFIER | _JUDGE | _COMBINE | Annotated[Noise, Tag("<noise>")], Discriminator(form)
 ]
 _ADAPTER: TypeAdapter[str | Spec] = TypeAdapter(Scorer)
 

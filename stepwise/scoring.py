@@ -28,7 +28,7 @@ BUILT_IN = (
     EntryPoint("vader_cost", "stepwise.constraints.cost:vader_cost", "stepwise.costs"),
     EntryPoint("vader_reward", "stepwise.rewards.reward:vader_reward", "stepwise.rewards"),
 )
-FORMS = ("lexicon", "combine")  # targets that are no names
+FORMS = ("lexicon", "combine", "noise")  # targets that are no names
 
 
 class Scorer(Protocol):

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from stepwise import recipe_scorers
 from stepwise.errors import ScoreError
-from stepwise.recipe_scorers import TARGETS, Call, Classifier, Combine, Judge, Lexicon, Spec
+from stepwise.recipe_scorers import TARGETS, Call, Classifier, Combine, Judge, Lexicon, Noise, Spec
 from stepwise.scoring import FORMS, Limited, Scorer, sources
 
 
@@ -64,6 +64,11 @@ def resolve(spec: str | Spec | Mapping[str, Any]) -> Scorer:
                 return Limited(combine.Quorum(parts, spec.thresholds, spec.quorum), None)
             how = combine.Sum if spec.how == "sum" else combine.Max
             return Limited(how(parts, spec.weights), None)
+        case Noise():
+            from stepwise.constraints import noise
+
+            hit = noise.Slice(**spec.slice.model_dump())
+            return Limited(noise.Noise(resolve(spec.of), spec.flip, spec.std, spec.center, hit, spec.seed), None)
 
 
 def check(spec: str | Spec) -> None:
@@ -71,6 +76,8 @@ def check(spec: str | Spec) -> None:
     if isinstance(spec, Combine):
         for part in spec.parts.values():
             check(part)
+    elif isinstance(spec, Noise):
+        check(spec.of)
     elif recipe_scorers.kind(str(spec)) != "model":
         resolve(spec)
 
@@ -99,6 +106,8 @@ def _files(spec: str | Spec) -> list[Path]:
     match spec:
         case Combine():
             return [path for part in spec.parts.values() for path in _files(part)]
+        case Noise():
+            return _files(spec.of)
         case Lexicon():
             return [Path(spec.words)]
         case Judge():

@@ -170,6 +170,8 @@ def test_several_labels_give_the_probability_of_the_chosen_one(config: Any, prob
         else:
             expected = [math.exp(row[index]) / sum(map(math.exp, row)) for row in logits]
         assert found == pytest.approx(expected, abs=1e-5)
+        raw = load_classifier(str(folder), label=label, output="logit", template=SPACED)(PROMPTS, COMPLETIONS)
+        assert raw == pytest.approx([row[index] for row in logits], abs=1e-5)
     with pytest.raises(ModelError, match=r"Got: no label.*0 calm, 1 rude, 2 toxic"):
         load_classifier(str(folder))
     with pytest.raises(ModelError, match=r"label 'angry'.*0 calm, 1 rude, 2 toxic"):

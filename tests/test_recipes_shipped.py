@@ -23,13 +23,20 @@ def test_these_recipes_are_shipped() -> None:
         "dpo_hh",
         "quickstart",
         "ra_dpo_hh",
+        "ra_rlhf_imdb",
+        "ra_rlhf_imdb_7b",
+        "ra_rlhf_jigsaw",
         "ra_rlhf_local",
+        "ra_rlhf_rtp",
         "ra_rlhf_sandbox",
         "reward_pku_7b",
+        "rlhf_imdb",
         "rsa_local",
         "rsa_pku_7b",
         "rsa_pku_7b_erm",
         "sacpo_pku_7b",
+        "safe_rlhf_pku_7b",
+        "safe_rlhf_sandbox",
         "tdpo_hh",
     ]
 
@@ -138,3 +145,37 @@ def test_the_recipes_of_ra_rlhf_have_the_published_settings() -> None:
     assert isinstance(local, recipe.RaRlhfStage) and local.tail is not None
     assert (local.iterations, local.tail.alpha, local.tail.warmup, local.kl.beta) == (288, 0.2, 30, 0.2)
     assert (local.clip_value, local.max_new_tokens) == (0.2, 32)
+
+
+# alpha, warm-up, iterations, batch, prompt and new tokens, learning rate of 2501.06911, its tables of constants.
+RA_RLHF = {
+    "ra_rlhf_imdb": (0.4, 30, 194, 128, 64, 48, 1.41e-5),
+    "rlhf_imdb": (1.0, 30, 194, 128, 64, 48, 1.41e-5),
+    "ra_rlhf_jigsaw": (0.2, 30, 288, 128, 8, 32, 1.41e-5),
+    "ra_rlhf_rtp": (0.2, 30, 452, 128, 32, 32, 2.82e-5),
+    "ra_rlhf_imdb_7b": (0.2, 300, 3601, 8, 64, 48, 2.94e-5),
+}
+
+
+@pytest.mark.parametrize("name", RA_RLHF)
+def test_the_recipes_of_the_tasks_of_ra_rlhf_have_its_constants(name: str) -> None:
+    found = recipe.load(name)
+    stage, training = found.stages["aligned"], found.training_of("aligned")
+    assert isinstance(stage, recipe.RaRlhfStage) and stage.tail is not None
+    schedule = (stage.tail.alpha, stage.tail.warmup, stage.iterations, stage.batch)
+    assert (*schedule, training.max_prompt_length, stage.max_new_tokens, training.learning_rate) == RA_RLHF[name]
+    assert (stage.tail.rho, stage.lam, stage.clip, stage.clip_value, stage.value_weight) == (0.95, 0.95, 0.2, 0.2, 0.1)
+    assert (stage.kl.beta, stage.kl.target, stage.kl.horizon, training.epochs) == (0.2, 6, 1e4, 4)
+    assert found.model.quantization == ("nf4" if name.endswith("7b") else "none")
+
+
+def test_the_twin_on_imdb_differs_in_its_tail_alone() -> None:
+    changed = recipe.difference(recipe.load("ra_rlhf_imdb"), recipe.load("rlhf_imdb"))
+    assert [key for key, _, _ in changed] == ["name", "stages.aligned.tail.alpha"]
+
+
+def test_the_recipe_of_safe_rlhf_has_the_settings_of_its_script() -> None:
+    stage = recipe.load("safe_rlhf_pku_7b").stages["aligned"]
+    assert isinstance(stage, recipe.PpoLagrangianStage) and stage.ptx is not None
+    assert (stage.kl.beta, stage.clip, stage.clip_value, stage.lam, stage.ptx.weight) == (0.01, 0.2, 5, 0.95, 16)
+    assert stage.multiplier.model_dump(include={"init", "lr", "max"}) == {"init": 1, "lr": 0.1, "max": 5}
