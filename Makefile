@@ -8,6 +8,7 @@ export TOKENIZERS_PARALLELISM = false
 # Passive: threads that wait for a busy core must not spin on the other one.
 quickstart: .venv/ready
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/stepwise run quickstart
+	$(BIN)/stepwise report runs/quickstart
 
 test: .venv/ready lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2

@@ -158,6 +158,16 @@ def exclusive(folder: Path) -> Iterator[None]:
         yield
 
 
+def held(folder: Path) -> bool:
+    """Whether a process works in this folder now."""
+    with suppress(FileNotFoundError), (folder / ".lock").open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a small text file, all or nothing. Raises `CheckpointError` when it cannot be written."""
     write_file(path, lambda temporary: temporary.write_text(text))

@@ -22,14 +22,14 @@ from stepwise.ledger import Ledger
 from stepwise.recipe import Constraint
 from stepwise.recipe_scorers import Spec
 from stepwise.risk import build
-from stepwise.run_folder import RunFolder
+from stepwise.run_folder import CERTIFICATE, RunFolder
 from stepwise.sampling import Decoding, Prompts, answer
 from stepwise.scoring import Scorer, every, score
 from stepwise.strength_report import plot, record
 from stepwise.targets import fingerprint, resolve
 from stepwise.workspace import Workspace
 
-CERTIFICATE, FRONTIER = "certificate.json", "frontier.svg"
+FRONTIER = "frontier.svg"
 
 
 def check_prompts(run: Workspace) -> None:

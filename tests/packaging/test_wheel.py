@@ -13,14 +13,14 @@ FOLDERS |= {"recipes": "stepwise/recipes"}
 
 
 def tracked() -> set[str]:
-    """Names that the wheel must hold: modules, recipes and the marker of types, as they are imported."""
+    """Names that the wheel must hold: modules, recipes, parts of the report, the marker of types, as imported."""
     listed = subprocess.run(
         ["git", "ls-tree", "-r", "--name-only", "HEAD", *FOLDERS], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     names = set()
     for name in listed.splitlines():
         top, _, rest = name.partition("/")
-        if Path(name).suffix in {".py", ".yaml"} or rest == "py.typed":
+        if Path(name).suffix in {".py", ".yaml", ".j2", ".css", ".js"} or rest == "py.typed":
             names.add(f"{FOLDERS[top]}/{rest}")
     return names
 

@@ -1,0 +1,210 @@
+"""The report as text: what is on the page, what is marked, what is refused, and that text cannot become code."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import CERTIFICATE, MOODS, POLICIES, cost, make
+from test_cli import call
+
+from stepwise.report.page import write_report
+
+HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 2'>{{ 7 * 7 }}"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("runs") / "first")
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def page(*runs: Path) -> str:
+    target = runs[0].parent / "page.html"
+    return write_report(list(runs), target).read_text()
+
+
+def words(html: str) -> str:
+    """What a reader sees, in one line."""
+    return " ".join(re.sub(r"<(script|style).*?</\1>|<[^>]+>", " ", html, flags=re.S).split())
+
+
+def data(html: str) -> dict[str, Any]:
+    packed = re.search(r'<script[^>]*id="data"[^>]*>(.*?)</script>', html, flags=re.S)
+    assert packed is not None
+    found: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(packed[1])))
+    return found
+
+
+class Elements(HTMLParser):
+    """Every element of a page, with its attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.found.append((tag, dict(attributes)))
+
+
+def elements(html: str) -> list[tuple[str, dict[str, str | None]]]:
+    parser = Elements()
+    parser.feed(html)
+    return parser.found
+
+
+def test_the_page_shows_what_was_run_and_what_came_out(run: Path) -> None:
+    text = words(page(run))
+    assert "With 95 % confidence" in text and "at or below 5.75" in text and "limit of 6" in text
+    metrics = json.loads((run / "metrics.json").read_text())
+    level = {(e["policy"], e["metric"]): e["value"] for e in metrics if e["kind"] == "level" and e["stratum"] == "all"}
+    for policy in POLICIES:
+        assert f"{level[policy, 'cost/harm/mean']:.3g}"[:4] in text
+    for mood in MOODS:
+        assert mood in text
+    assert "No warnings were kept" in text
+    assert "torch" in text and "2.13.0" in text
+    assert "measure: cvar" in text  # the recipe
+
+
+def test_it_is_one_file_that_asks_the_network_for_nothing(run: Path) -> None:
+    html = page(run)
+    for tag, attributes in elements(html):
+        for name in ("src", "href", "xlink:href", "action", "data"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("#", "data:")), (tag, name, value)
+    assert "@import" not in html and not re.search(r"url\((?!#|data:)", html)
+    assert len(html) < 3_000_000
+
+
+def test_every_response_is_in_the_page_with_its_scores(run: Path) -> None:
+    (one,) = data(page(run))["sets"]
+    assert [policy["label"] for policy in one["policies"]] == list(POLICIES)
+    harm = [score["name"] for score in one["scores"]].index("cost harm")
+    for policy in one["policies"]:
+        assert policy["scores"][harm] == [cost(policy["label"], i) for i in range(40)]
+        assert policy["text"] == [f"{policy['label']} says {i}" for i in range(40)]
+    assert [one["prompts"][i] for i in one["prompt"]] == [f"question {i}" for i in range(40)]
+
+
+def test_text_of_a_run_is_never_markup(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", say=lambda policy, i: HOSTILE, ask=lambda i: f"{HOSTILE} {i}")
+    html = page(run)
+    harmless = page(make(tmp_path / "other"))
+    kinds = ("script", "img", "iframe", "object", "embed", "link", "base", "form")
+    for kind in kinds:
+        assert [t for t, _ in elements(html)].count(kind) == [t for t, _ in elements(harmless)].count(kind)
+    assert not [a for _, attributes in elements(html) for a in attributes if a.startswith("on")]
+    assert "49" not in re.findall(r"onerror=.{0,40}", html)[0]  # a template in the text stays text
+    assert data(html)["sets"][0]["policies"][0]["text"][0] == HOSTILE
+
+
+def test_several_runs_stand_side_by_side(run: Path, tmp_path: Path) -> None:
+    other = make(tmp_path / "second", say=lambda policy, i: f"other {policy} {i}")
+    html = page(run, other)
+    (one,) = data(html)["sets"]
+    assert [p["label"] for p in one["policies"]] == [f"{name} · {p}" for name in ("first", "second") for p in POLICIES]
+    assert "Different prompts" not in words(html)
+
+
+def test_runs_on_different_prompts_are_marked_and_kept_apart(run: Path, tmp_path: Path) -> None:
+    other = make(tmp_path / "second", ask="another {}".format)
+    html = page(run, other)
+    assert "Different prompts" in words(html) and "cannot be compared" in words(html)
+    assert len(data(html)["sets"]) == 2
+
+
+def _unfinished(run: Path) -> None:
+    (run / "metrics.json").unlink()
+    shutil.rmtree(run / "stages" / "03-safe" / "adapter")
+
+
+def _failed(run: Path) -> None:
+    (run / "outcome.json").write_text(json.dumps({"state": "failed", "error": "ScoreError: the judge is gone"}))
+
+
+def _newer(run: Path) -> None:
+    about = json.loads((run / "environment.json").read_text())
+    (run / "environment.json").write_text(json.dumps({**about, "packages": {"stepwise-align": "99.0"}}))
+
+
+def _damaged(run: Path) -> None:
+    path = run / "samples" / "safe.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def _nothing(run: Path) -> None:
+    for path in run.iterdir():
+        if path.name != "recipe.yaml":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _uncertified(run: Path) -> None:
+    (run / "certificate.json").write_text(json.dumps({**CERTIFICATE, "certified": False, "q": None}))
+
+
+def _no_json(run: Path) -> None:
+    (run / "metrics.json").write_text('[{"policy": ')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (_unfinished, "This run is unfinished"),
+        (_failed, "This run failed: ScoreError: the judge is gone"),
+        (_newer, "newer than this"),
+        (_damaged, "samples/safe.parquet could not be read"),
+        (lambda run: shutil.rmtree(run / "samples"), "the responses of base, helpful, safe are missing"),
+        (_nothing, "This run is unfinished"),
+        (_uncertified, "Nothing is certified"),
+        (_no_json, "metrics.json could not be read"),
+    ],
+)
+def test_what_is_missing_is_marked(spoil: Any, told: str, copy: Path) -> None:
+    spoil(copy)
+    assert told in words(page(copy))
+
+
+def test_warnings_are_kept_with_their_number(copy: Path) -> None:
+    (copy / "warnings.jsonl").write_text('{"text": "a <b>bad</b> row"}\n' * 2 + '{"text": "late"}\n')
+    text = page(copy)
+    assert "a &lt;b&gt;bad&lt;/b&gt; row <small>2 times</small>" in text and "late" in text
+
+
+def test_another_evaluation_has_a_part_of_its_own(copy: Path) -> None:
+    shutil.copytree(copy / "samples", copy / "evaluations" / "adversarial" / "samples")
+    shutil.copy(copy / "metrics.json", copy / "evaluations" / "adversarial")
+    html = page(copy)
+    assert "adversarial" in words(html)
+    assert [one["name"] for one in data(html)["sets"]] == ["Held-out prompts", "adversarial"]
+
+
+def test_what_is_no_run_is_refused_and_nothing_is_written(run: Path, tmp_path: Path) -> None:
+    target = tmp_path / "report.html"
+    for arguments, told in (
+        ([str(tmp_path)], "not the folder of a run"),
+        ([str(run), str(run)], "named twice"),
+        ([str(tmp_path / "absent")], "not the folder of a run"),
+    ):
+        done = call("report", *arguments, "--output", str(target))
+        assert done.exit_code == 2 and told in " ".join(done.stderr.split())
+    assert not target.exists()
+
+
+def test_the_command_writes_beside_the_run_and_says_where(copy: Path) -> None:
+    done = call("report", str(copy), "--json")
+    assert done.exit_code == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert Path(told["report"]) == copy / "report.html" and told["bytes"] == (copy / "report.html").stat().st_size
