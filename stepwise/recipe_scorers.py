@@ -21,7 +21,8 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter, Val
 from stepwise import recipe_file, recipe_schema
 from stepwise.recipe_parts import Conflict, Count, Part, Seed, Text, refuse
 
-CALL = r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*|\.{0,2}/[^:]+\.py:[A-Za-z_]\w*|[a-z][a-z0-9_-]*)"
+FUNCTION = r"([A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*|\.{0,2}/[^:]+\.py:[A-Za-z_]\w*)"
+CALL = rf"({FUNCTION}|[a-z][a-z0-9_-]*)"
 MODEL = r"(hf:[\w.-]+(/[\w.-]+)?(@[\w./-]+)?|\.{0,2}/[^:]*)"
 URL = r"https?://[^\s/@?#]+(/[^\s@?#]*)?"  # neither a password nor a query, which could hold one
 TARGETS = "package.module:name, ./file.py:name, a registered name, hf:org/model or ./folder"
