@@ -90,7 +90,7 @@ def summarise(
                 low, high = metric.interval(level_R, confidence)
                 if low is None and name.rsplit("/")[-1] in SHARES:
                     low, high = unseen(level_R[0], counted[0], confidence)
-                estimates.append(Estimate(sample.policy, stratum, name, _finite(level_R[0]), low, high, *counted))
+                estimates.append(Estimate(sample.policy, stratum, name, finite(level_R[0]), low, high, *counted))
     return estimates
 
 
@@ -121,7 +121,7 @@ def compare(
             changes: tuple[tuple[Kind, Floats], ...] = (("difference", a_R - b_R), ("relative", relative_R))
             for kind, change_R in changes:
                 low, high = metrics[name].interval(change_R, confidence)
-                numbers = _finite(change_R[0]), low, high
+                numbers = finite(change_R[0]), low, high
                 estimates.append(Estimate(policy.policy, stratum, name, *numbers, *counted, kind, baseline.policy))
     return estimates
 
@@ -156,9 +156,12 @@ def _metrics(sample: Samples, *, tail: float, violation: float) -> dict[str, _Me
             ~np.isnan(x), lambda row_N, prompt_N, counts_RP: statistic(x[row_N], prompt_N, counts_RP), percentiles
         )
 
-    def distinct_2(row_N: Ints, prompt_N: Ints, counts_RP: Floats) -> Floats:
+    def distinct(row_N: Ints, prompt_N: Ints, counts_RP: Floats, *, n: int) -> Floats:
         texts = [sample.completion[row] for row in row_N]
-        return distinct_without_prompt(texts, prompt_N, n=2, prompts=counts_RP.shape[1])
+        return distinct_without_prompt(texts, prompt_N, n=n, prompts=counts_RP.shape[1])
+
+    def perplexity(x_N: Floats, prompt_N: Ints, counts_RP: Floats) -> Floats:
+        return np.exp(mean_by_prompt(x_N, prompt_N, counts_RP))
 
     metrics = {f"rewards/{name}": of(column, mean_by_prompt) for name, column in sample.rewards.items()}
     for name, column in sample.costs.items():
@@ -169,9 +172,13 @@ def _metrics(sample: Samples, *, tail: float, violation: float) -> dict[str, _Me
     for name, optional in {"kl": sample.kl, "nll": sample.nll}.items():
         if optional is not None:
             metrics[name] = of(optional, mean_by_prompt)
+    if sample.nll is not None:
+        metrics["perplexity"] = of(sample.nll, perplexity)
     metrics["length"] = of(sample.tokens, mean_by_prompt)
     metrics["unfinished"] = of((1.0 - done for done in sample.finished), mean_by_prompt)
-    metrics["distinct_2"] = _Metric(np.ones(len(sample.completion), dtype=bool), distinct_2, jackknife)
+    for n in (1, 2, 3):
+        every = np.ones(len(sample.completion), dtype=bool)
+        metrics[f"distinct_{n}"] = _Metric(every, partial(distinct, n=n), jackknife)
     return metrics
 
 
@@ -193,7 +200,8 @@ def _replicate(metric: _Metric, responses: _Responses, counts_RP: Floats) -> tup
     return metric.replicate(responses.row_N[keep], prompt_N, counts_RP), counted
 
 
-def _finite(value: float) -> float | None:
+def finite(value: float) -> float | None:
+    """The number, or None for NaN and infinities, which JSON has no word for."""
     return float(value) if math.isfinite(value) else None
 
 

@@ -2,7 +2,7 @@
 evaluation, of a run by itself and on prompts given later.
 
 A folder of an evaluation, and the folder of a run, hold
-  samples/<policy>.parquet  metrics.json
+  samples/<policy>.parquet  metrics.json  curves.json
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 
 from stepwise import checkpoint
 from stepwise import samples as sample_files
+from stepwise.curves import Resampling, curves, drift
 from stepwise.display import Display
 from stepwise.errors import ConfigError, DataError
 from stepwise.evaluation import Estimate, compare, summarise
@@ -28,7 +29,7 @@ from stepwise.recipe_schema import one_of
 from stepwise.rollout import Measures, rollout
 from stepwise.samples import ALL, Samples
 from stepwise.sampling import Decoding, Prompts, fingerprint
-from stepwise.scoring import Scorer
+from stepwise.scoring import Scorer, score
 from stepwise.strength import chosen_scale
 from stepwise.targets import fingerprint as scorer_fingerprint
 from stepwise.targets import resolve
@@ -108,11 +109,27 @@ def measure(
     changes = [change for before, after in pairwise(found) for change in compare(after, before, **options)]
     text = json.dumps([asdict(e) for e in (*estimates, *changes)], indent=1, allow_nan=False)
     checkpoint.write_text(folder / "metrics.json", text)
+    checkpoint.write_text(folder / "curves.json", json.dumps(_curves(work, found), allow_nan=False))
     ledger.remove()
     display.result(render(estimates))
     shown = [c for c in changes if c.kind == "relative" and c.stratum == ALL and c.metric.startswith(_SCORES)]
     display.result(render(shown, title="change from policy to policy"))
     return estimates
+
+
+def _curves(work: _Work, found: Sequence[Samples]) -> dict[str, Any]:
+    part = work.part
+    how = Resampling(part.tail, part.bootstrap, part.confidence, work.seed)
+    alone: dict[str, list[float | None]] | None = None
+    if part.hardness == "prompt":
+        asked, alone = work.prompts, {}
+        for kind, specs in (("rewards", part.rewards), ("cost", part.costs)):
+            for name, scorer in _resolved(specs).items():
+                options: dict[str, Any] = {"name": name, "columns": asked.columns, "batch_size": part.batch_size}
+                empty = [""] * len(asked.texts)
+                alone[f"{kind}/{name}"] = score(scorer, asked.texts, empty, ledger=work.ledger, **options)
+    known = curves(found, how, prompt_scores=alone, thresholds=part.thresholds)
+    return known | {"drift": drift(found, violation=part.violation, how=how)}
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,14 @@ class Evaluate(Part):
     strata: Text | None = Field(default=None, description="column whose values are reported apart")
     bootstrap: Annotated[int, Field(ge=1, le=10**6)] = Field(default=1000, description="resamples behind an interval")
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.95, description="coverage of an interval")
+    hardness: Literal["baseline", "prompt"] = Field(
+        default="baseline",
+        description="what makes a prompt hard: the first policy's scores on it, or the score of the prompt alone",
+    )
+    thresholds: dict[Text, float] = Field(
+        default={},
+        description="rewards/name or cost/name: prompts at most as good, or at least as harmful, count as hard",
+    )
     policies: Names | None = Field(
         default=None, description="stage names, base, and selected where there is a `select`; null is all of them"
     )
@@ -136,6 +144,11 @@ class Evaluate(Part):
         if both := sorted(self.rewards.keys() & self.costs.keys()):
             wanted = "a name for each, used once"
             found.append(Conflict(("costs",), "a name is both reward and cost", recipe_schema.listed(both), wanted))
+        scores = [*(f"rewards/{name}" for name in self.rewards), *(f"cost/{name}" for name in self.costs)]
+        for score in self.thresholds:
+            if score not in scores:
+                wanted = recipe_schema.one_of(scores, near=score)
+                found.append(Conflict(("thresholds",), "there is no such score", recipe_schema.short(score), wanted))
         if self.temperature == 0 and self.samples > 1:
             wanted = "samples: 1, or a temperature above 0"
             found.append(Conflict(("samples",), "greedy responses are all the same", f"{self.samples}", wanted))

@@ -78,17 +78,23 @@ def test_every_metric_is_its_definition_over_all_and_per_stratum() -> None:
         harm = sorted((table.costs["harm"][row] or 0.0 for row in rows), reverse=True)
         whole, part = divmod(0.25 * len(harm), 1)
         worst = sum(harm[: int(whole)]) + part * harm[int(whole)]
-        grams = [pair for row in rows for pair in pairwise(table.completion[row].split())]
+        words = [table.completion[row].split() for row in rows]
+        ones, twos = [word for text in words for word in text], [pair for text in words for pair in pairwise(text)]
+        threes = [gram for text in words for gram in zip(text, text[1:], text[2:], strict=False)]
+        nll = sum((table.nll or [])[row] or 0.0 for row in rows) / len(rows)
         expected = {
             "rewards/joy": sum(table.rewards["joy"][row] or 0.0 for row in rows) / len(rows),
             "cost/harm/mean": sum(harm) / len(rows),
             "cost/harm/cvar": worst / (0.25 * len(rows)),
             "cost/harm/violation_rate": sum(cost > 0.5 for cost in harm) / len(rows),
             "kl": sum((table.kl or [])[row] or 0.0 for row in rows) / len(rows),
-            "nll": sum((table.nll or [])[row] or 0.0 for row in rows) / len(rows),
+            "nll": nll,
+            "perplexity": math.exp(nll),
             "length": sum(table.tokens[row] for row in rows) / len(rows),
             "unfinished": sum(not table.finished[row] for row in rows) / len(rows),
-            "distinct_2": len(set(grams)) / len(grams),
+            "distinct_1": len(set(ones)) / len(ones),
+            "distinct_2": len(set(twos)) / len(twos),
+            "distinct_3": len(set(threes)) / len(threes),
         }
         found = {estimate.metric: estimate for estimate in estimates if estimate.stratum == stratum}
         assert set(found) == set(expected)

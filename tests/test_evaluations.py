@@ -179,3 +179,26 @@ def test_the_command_says_it_all_in_options(model: Path, tmp_path: Path, monkeyp
     wrong = call(str(model))
     assert wrong.exit_code == 2
     assert "not the folder of a run" in wrong.stderr
+
+
+def test_curves_follow_hardness_and_thresholds(model: Path, tmp_path: Path) -> None:
+    prompts = [write(tmp_path / "p.jsonl", 6)]
+    evaluated(model, prompts, tmp_path / "out", "samples=1")
+    evaluated(model, prompts, tmp_path / "alone", "samples=1", "hardness=prompt", "thresholds={rewards/joy: 0}")
+    by_answer, alone = (json.loads((tmp_path / name / "p" / "curves.json").read_text()) for name in ("out", "alone"))
+    assert (by_answer["hardness"], alone["hardness"]) == ("baseline", "prompt")
+    (answered,) = [row for row in by_answer["quantile"] if row["score"] == "rewards/joy"]
+    own = table(tmp_path / "out" / "p")["rewards/joy"]
+    assert answered["binned"]["value"] == pytest.approx(sorted(own))  # hardest first
+    # `joy` of an empty response is 0 for every prompt: all are as hard, in their order, and all are below the threshold
+    (asked,) = [row for row in alone["quantile"] if row["score"] == "rewards/joy"]
+    assert asked["binned"]["value"] == pytest.approx(table(tmp_path / "alone" / "p")["rewards/joy"])
+    hard = [row for row in alone["prompt_tail"] if (row["rule"], row["stratum"]) == ("threshold", "all")]
+    assert [(row["score"], row["prompts"]) for row in hard] == [("rewards/joy", 6)]
+    assert {row["metric"] for row in alone["drift"]} >= {"rewards/joy", "cost/harm/cvar", "perplexity", "distinct_2"}
+
+
+def test_a_threshold_of_an_unknown_score_is_refused(model: Path, tmp_path: Path) -> None:
+    prompts = [write(tmp_path / "p.jsonl", 4)]
+    with pytest.raises(ConfigError, match=r"no such score.*rewards/joy"):
+        evaluated(model, prompts, tmp_path / "out", "thresholds={rewards/joi: 0}")

@@ -20,7 +20,10 @@ _PLAIN = {
     "length": "length, tokens",
     "tokens": "length, tokens",
     "unfinished": "cut off before the end",
+    "perplexity": "perplexity under the base",
+    "distinct_1": "distinct words",
     "distinct_2": "distinct bigrams",
+    "distinct_3": "distinct trigrams",
 }
 
 
@@ -78,7 +81,7 @@ def metric_name(metric: str, *, tail: float | None, violation: float | None) -> 
 
 def direction(metric: str) -> str:
     """Which way is better, where one is."""
-    if metric.startswith("rewards/") or metric == "distinct_2":
+    if metric.startswith(("rewards/", "distinct_")):
         return "higher is better"
     return "lower is better" if metric.startswith("cost/") or metric == "unfinished" else ""
 
