@@ -23,12 +23,13 @@ Ends = tuple[float | None, float | None]
 BLOCK = 2**22  # elements of the largest temporary array
 
 
-def cvar(x_N: Floats, *, tail: float, weights_RN: Floats | None = None) -> Floats:
+def cvar(x_N: Floats, *, tail: float, weights_RN: Floats | None = None, by_N: Floats | None = None) -> Floats:
     """Mean of the largest share `tail` of the weight, (R,); the value on the border counts with what fits of it.
 
     CVaR = min_t t + E[(x - t)_+] / tail (Rockafellar and Uryasev 2000). Without weights all weigh the same: R = 1.
+    With `by_N` the share is that with the largest `by`, the mean still that of x.
     """
-    order_N = np.argsort(-x_N, kind="stable")
+    order_N = np.argsort(-(x_N if by_N is None else by_N), kind="stable")
     x_N = x_N[order_N]
     weights_RN = np.ones((1, len(x_N))) if weights_RN is None else weights_RN[:, order_N]
     before_RN = np.cumsum(weights_RN, axis=1)
@@ -69,12 +70,15 @@ def mean_by_prompt(x_N: Floats, prompt_N: Ints, counts_RP: Floats) -> Floats:
     return found
 
 
-def cvar_by_prompt(x_N: Floats, prompt_N: Ints, counts_RP: Floats, *, tail: float) -> Floats:
-    """CVaR of the responses in each replicate, (R,); NaN where it has none."""
-    order_N = np.lexsort((prompt_N, x_N))
-    x_N, prompt_N = x_N[order_N], prompt_N[order_N]
+def cvar_by_prompt(
+    x_N: Floats, prompt_N: Ints, counts_RP: Floats, *, tail: float, by_N: Floats | None = None
+) -> Floats:
+    """CVaR of the responses in each replicate, (R,), `by_N` as in `cvar`; NaN where it has none."""
+    by_N = x_N if by_N is None else by_N
+    order_N = np.lexsort((prompt_N, by_N))  # of equals the one of the lower prompt: x has no say
+    x_N, by_N, prompt_N = x_N[order_N], by_N[order_N], prompt_N[order_N]
     blocks = np.array_split(counts_RP, math.ceil(len(counts_RP) * len(x_N) / BLOCK))
-    return np.concatenate([cvar(x_N, tail=tail, weights_RN=block[:, prompt_N]) for block in blocks])
+    return np.concatenate([cvar(x_N, tail=tail, weights_RN=block[:, prompt_N], by_N=by_N) for block in blocks])
 
 
 def distinct_without_prompt(texts: Sequence[str], prompt_N: Ints, *, n: int, prompts: int) -> Floats:
