@@ -10,19 +10,20 @@ import torch
 from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
-from stepwise import checkpoint
+from stepwise import checkpoint, judge_targets
 from stepwise.constraints.selection import Selection
 from stepwise.data import Source, load
 from stepwise.display import Display
 from stepwise.encoding import tokenize_prompts
 from stepwise.errors import ConfigError, Uncertified
 from stepwise.evaluation import Estimate
+from stepwise.game_stage import run_game_stage
 from stepwise.ledger import Ledger
 from stepwise.measure import evaluate
 from stepwise.pairing import sample_pairs, write_pairs
 from stepwise.policy import Policy
 from stepwise.policy_gradient_stage import run_policy_gradient_stage
-from stepwise.recipe import EpisodesStage, Recipe, RsaStage, ScorerStage
+from stepwise.recipe import EpisodesStage, GameStage, Recipe, RsaStage, ScorerStage
 from stepwise.recipe_scorers import Spec
 from stepwise.run_folder import CERTIFICATE, RunFolder
 from stepwise.sampling import Decoding, context
@@ -62,6 +63,9 @@ def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> 
     display.say(f"[bold]{recipe.name}[/bold] in {folder.path}")
     for scorer in _scorers(recipe):
         check(scorer)
+    for stage in recipe.stages.values():
+        if isinstance(stage, GameStage):
+            judge_targets.check(stage.judge)
     work = Workspace(recipe, folder, display)
     if recipe.select is not None:
         check_prompts(work)
@@ -100,6 +104,8 @@ def _train(work: Workspace, name: str, place: Path, *, seed: int) -> None:
     stage = work.recipe.stages[name]
     if isinstance(stage, ScorerStage):
         run_scorer_stage(work, name, stage, place, seed=seed)
+    elif isinstance(stage, GameStage):
+        run_game_stage(work, name, stage, place, seed=seed)
     elif isinstance(stage, EpisodesStage):
         run_policy_gradient_stage(work, name, stage, place, seed=seed)
     else:

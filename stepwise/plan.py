@@ -25,6 +25,7 @@ from stepwise.recipe import (
     AnyStage,
     EpisodesStage,
     Evaluate,
+    GameStage,
     MixtureRisk,
     OnPolicy,
     PpoLagrangianStage,
@@ -135,6 +136,8 @@ def _stage(recipe: Recipe, name: str, reader: Reader, bytes_of: _Bytes | None) -
     stage, training = recipe.stages[name], recipe.training_of(name)
     if isinstance(stage, EpisodesStage):
         return _episodes(recipe, name, stage, reader, bytes_of)
+    if isinstance(stage, GameStage):
+        return _game(recipe, name, stage, reader, bytes_of)
     found, notes = reader.rows(stage.data, reader.tokenize(stage, training))
     on_policy = stage.on_policy if isinstance(stage, RsaStage) else None
     return StagePlan(
@@ -175,6 +178,27 @@ def _episodes(recipe: Recipe, name: str, stage: EpisodesStage, reader: Reader, b
     )
 
 
+def _game(recipe: Recipe, name: str, stage: GameStage, reader: Reader, bytes_of: _Bytes | None) -> StagePlan:
+    """Its rows are prompts, each with the responses of its pool."""
+    training = recipe.training_of(name)
+    found, notes = reader.rows(stage.data, reader.tokenize(stage, training))
+    positions = longest_prompt(found, training.max_prompt_length) + stage.max_new_tokens
+    return StagePlan(
+        name=name,
+        objective=_objective(stage),
+        beta=stage.beta,
+        rounds=stage.rounds,
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+        micro_batch=training.micro_batch,
+        rows=None if found is None else reader.shown(found, pairs_to_come=False),
+        trainable=None if bytes_of is None else bytes_of.adapter(name),
+        memory=None if bytes_of is None else bytes_of.training(name, found),
+        sampling=None if bytes_of is None else bytes_of.sampling(name, PAIR_BATCH, positions),
+        notes=notes,
+    )
+
+
 def _evaluation(recipe: Recipe, part: Evaluate, reader: Reader, bytes_of: _Bytes | None) -> EvaluationPlan:
     limit = recipe.training.max_prompt_length
     found, notes = reader.rows(part.data, partial(tokenize_prompts, max_prompt_length=limit))
@@ -203,6 +227,9 @@ def _objective(stage: AnyStage) -> str:
     if isinstance(stage, RaRlhfStage):
         which = _named(stage.risk) if stage.tail is None else f"the worst {stage.tail.alpha:g}"
         return f"{stage.method}, {which} of {stage.batch} episodes by {stage.rank_by}, reward {stage.reward}"
+    if isinstance(stage, GameStage):
+        told = f"{stage.method} on pools of {stage.samples}, judge {stage.judge}, {_named(stage.risk)} over opponents"
+        return told + ("" if stage.annotators is None else f", {_named(stage.annotators.risk)} over annotators")
     words = [stage.loss] + ([] if stage.alpha is None else [f"alpha {stage.alpha:g}"])
     if stage.risk is not None:
         words.append(_named(stage.risk))
@@ -302,6 +329,9 @@ class _Bytes:
         stage, limits = self.recipe.stages[name], self.recipe.training_of(name)
         if isinstance(stage, RsaStage) and stage.on_policy is not None:
             sequences, new = 2 * limits.micro_batch, stage.on_policy.max_new_tokens
+            return Batch(sequences, longest_prompt(found, limits.max_prompt_length) + new, sequences * new)
+        if isinstance(stage, GameStage):
+            sequences, new = stage.samples * limits.micro_batch, stage.max_new_tokens
             return Batch(sequences, longest_prompt(found, limits.max_prompt_length) + new, sequences * new)
         if isinstance(stage, EpisodesStage):
             new = stage.max_new_tokens

@@ -16,7 +16,7 @@ from stepwise.encoding import tokenize_pairs, tokenize_prompts, tokenize_texts
 from stepwise.errors import DataError
 from stepwise.memory import Batch
 from stepwise.plan_report import Example, Rows, Spread
-from stepwise.recipe import AnyStage, EpisodesStage, ScorerStage, SftStage, Training
+from stepwise.recipe import AnyStage, EpisodesStage, GameStage, ScorerStage, SftStage, Training
 from stepwise.recipe_parts import Data
 from stepwise.scorer_rows import consistent, split
 from stepwise.tokens import Tokens
@@ -95,7 +95,7 @@ class Reader:
             return partial(_trained, stage, texts if stage.objective == "binary" else pairs)
         if isinstance(stage, SftStage):
             return texts
-        if isinstance(stage, EpisodesStage) or stage.on_policy is not None:
+        if isinstance(stage, EpisodesStage | GameStage) or stage.on_policy is not None:
             return partial(tokenize_prompts, max_prompt_length=limits.max_prompt_length)
         return pairs
 

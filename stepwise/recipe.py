@@ -18,6 +18,7 @@ from stepwise import recipe_file, recipe_schema
 from stepwise.errors import ConfigError
 from stepwise.recipe_constraints import Constraint, Select
 from stepwise.recipe_file import shipped
+from stepwise.recipe_games import GameStage
 from stepwise.recipe_parts import (
     PROMPT_FORMATS,
     Conflict,
@@ -66,6 +67,7 @@ __all__ = [
     "EntropicRisk",
     "EpisodesStage",
     "Evaluate",
+    "GameStage",
     "Lora",
     "MeanRisk",
     "MixtureRisk",

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from stepwise import recipe_schema
 from stepwise.recipe_constraints import Multiplier, PairRisk
+from stepwise.recipe_games import GameStage
 from stepwise.recipe_parts import (
     PREFERENCE_FORMATS,
     SCORER_FORMATS,
@@ -167,7 +168,7 @@ class ScorerStage(Part):
 
 
 EpisodesStage = RaRlhfStage | PpoLagrangianStage
-AnyStage = SftStage | RsaStage | RaRlhfStage | PpoLagrangianStage | ScorerStage
+AnyStage = SftStage | RsaStage | RaRlhfStage | PpoLagrangianStage | GameStage | ScorerStage
 Stage = Annotated[AnyStage, Field(discriminator="method")]
 StageName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]*$", max_length=64)]
 

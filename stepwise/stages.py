@@ -45,7 +45,7 @@ def run_stage(run: Workspace, name: str, stage: SftStage | RsaStage, place: Path
     for number, rows in rounds(run, name, stage, loaded, place, seed):
         part = place / f"round-{number}"
         if number == 1 and not (part / "checkpoints").exists():
-            _check_start(run, collate([rows[i] for i in range(min(_CHECKED, len(rows)))]))
+            check_start(run, collate([rows[i] for i in range(min(_CHECKED, len(rows)))]))
             for told in steering.feasibility() if steering is not None else ():
                 run.display.warn(told)
         if not (part / "adapter").is_dir():
@@ -92,7 +92,7 @@ def _save(run: Workspace, name: str, steering: Lagrangian | None, folder: Path) 
         (folder / STEERING).write_text(json.dumps(steering.state_dict()))
 
 
-def _check_start(run: Workspace, batch: Batch) -> None:
+def check_start(run: Workspace, batch: Batch) -> None:
     """Before the first update the top adapter must have no effect at all: what it adds is what the stage learned."""
     ids, mask = (batch[name].to(run.policy.device) for name in ("input_ids", "attention_mask"))
     ratio = run.policy.largest_log_ratio(ids, mask)

@@ -76,6 +76,12 @@ EVERYTHING: dict[str, Any] = {
             },
         },
         "ipo": {"method": "rsa", "data": SANDBOX_PAIRS, "loss": "ipo", "beta": 0.2},
+        "game": {
+            "method": "game",
+            "data": {"path": "sandbox:train_prompts", "format": "prompts"},
+            "judge": {"target": "bradley_terry", "scorer": "./costs.py:good"},
+            "annotators": {"shares": {"one": 0.5, "two": 0.5}, "risk": {"measure": "mean"}},
+        },
         "tail": {
             "method": "ra_rlhf",
             "data": {"path": "sandbox:train_prompts", "format": "prompts"},
@@ -352,6 +358,13 @@ NUMBERS: dict[str, tuple[str, str]] = {
     "stages.tail.sampling.min_new_tokens": (WHOLE, "0 1"),
     "stages.learned.threshold.lr": (ANY, "1 0.5"),
     "stages.learned.threshold.steps": (WHOLE, "1"),
+    "stages.game.asymmetry": (ANY, "0 1 0.5"),
+    "stages.game.beta": (ANY, "1 0.5"),
+    "stages.game.samples": (WHOLE, ""),
+    "stages.game.max_new_tokens": (WHOLE, "1"),
+    "stages.game.nash_md": (ANY, "0 0.5"),
+    "stages.game.rounds": (WHOLE, "1"),
+    "stages.game.judge.scale": (ANY, "1 0.5"),
     "stages.priced.iterations": (WHOLE, "1"),
     "stages.priced.batch": (WHOLE, ""),
     "stages.priced.samples": (WHOLE, "1"),
@@ -601,7 +614,7 @@ def test_a_key_in_the_wrong_place_is_told_where_it_belongs(minimal: Path) -> Non
 
 
 def test_a_missing_or_wrong_kind_of_stage_is_told(minimal: Path) -> None:
-    assert "Wanted: method: ppo_lagrangian, ra_rlhf, rsa, scorer or sft" in refused(minimal, ["stages.safe={}"])
+    assert "Wanted: method: game, ppo_lagrangian, ra_rlhf, rsa, scorer or sft" in refused(minimal, ["stages.safe={}"])
     assert "Got: 'ras'. Wanted: rsa?" in refused(minimal, ["stages.safe.method=ras"])
     assert "Wanted: cvar?" in refused(minimal, ["stages.safe.risk.measure=cvr"])
     assert "stages.Safe" in refused(minimal, ["stages.Safe={method: sft}"])

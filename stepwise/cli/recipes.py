@@ -105,6 +105,8 @@ def _stages(recipe: recipes.Recipe) -> Table:
             loss = [stage.loss, data, f"{recipe.resolved_beta(name):g}", alpha, _risk(stage.risk)]
         elif isinstance(stage, recipes.ScorerStage):
             loss = [stage.objective, data, "", "", ""]
+        elif isinstance(stage, recipes.GameStage):
+            loss = [stage.method, data, f"{stage.beta:g}", "", _risk(stage.risk)]
         elif isinstance(stage, recipes.PpoLagrangianStage):
             loss = [stage.method, data, f"{stage.kl.beta:g}", "", ""]
         elif isinstance(stage, recipes.RaRlhfStage):

@@ -1,0 +1,92 @@
+"""The game stage of a recipe: who judges, where the risk sits, how the equilibrium is approached."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stepwise import recipe_schema
+from stepwise.recipe_constraints import NewTokens
+from stepwise.recipe_judges import AnyJudge
+from stepwise.recipe_parts import (
+    PROMPT_FORMATS,
+    Conflict,
+    Data,
+    MeanRisk,
+    Part,
+    Positive,
+    Risk,
+    StageLora,
+    StageTraining,
+    Text,
+    refuse,
+)
+
+
+class Annotators(Part):
+    """Who judges: the judge is asked for each of them, and risk is over them."""
+
+    shares: Annotated[dict[Text, Positive], Field(min_length=2, max_length=64)] = Field(
+        description="annotator or group of them: how often they judge; the shares sum to 1"
+    )
+    risk: Risk = Field(description="measure over annotators of the win probability, its lower tail")
+    column: Text = Field(default="annotator", description="column that tells the judge whom it speaks for")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        total = sum(self.shares.values())
+        if abs(total - 1) > 1e-6:
+            refuse([Conflict(("shares",), "the shares do not sum to 1", f"{total:.6g}", "a sum of 1")])
+        return self
+
+
+class GameStage(Part):
+    """A preference game against oneself: log pi / ref = risk-adjusted win probability / beta at its equilibrium."""
+
+    method: Literal["game"] = Field(
+        description="Nash learning from a pairwise judge; the squared loss of IPO with risk-adjusted targets"
+    )
+    data: Data = Field(description="prompts; of pairs, their prompts")
+    judge: AnyJudge = Field(description="says which of two responses is better: a target, or a mapping with options")
+    asymmetry: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.2, description="how far J(a, b) + J(b, a) may be from 1 on average; the two orders are averaged"
+    )
+    beta: Annotated[float, Field(ge=1e-6, le=1e3)] = Field(
+        default=0.1, description="weight of the KL from policy to reference, in win probability per nat"
+    )
+    samples: Annotated[int, Field(ge=2, le=256)] = Field(default=8, description="responses to a prompt in the pool")
+    max_new_tokens: NewTokens = 64
+    risk: Risk = Field(
+        default=MeanRisk(measure="mean"), description="measure over opponents of the win probability, its lower tail"
+    )
+    annotators: Annotators | None = Field(
+        default=None, description="groups that judge differently, and the risk over them; null: all judge alike"
+    )
+    nash_md: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="c of Nash-MD, whose opponent is policy^(1-c) reference^c; 0 is the policy itself"
+    )
+    pool: Text | None = Field(
+        default=None, description="folder of the pool, used if it is there and made if not; null: the stage's own"
+    )
+    rounds: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=1, description="pools in all, each after the first sampled from the current policy"
+    )
+    lora: Annotated[StageLora | None, Field(description="keys of lora that differ in this stage")] = None
+    training: Annotated[
+        StageTraining | None, Field(description="keys of training that differ in this stage; batches are of prompts")
+    ] = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse(list(self._conflicts()))
+        return self
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if self.data.format not in PROMPT_FORMATS:
+            wanted = recipe_schema.listed(PROMPT_FORMATS)
+            yield Conflict(("data", "format"), "these rows hold no prompts to answer", self.data.format, wanted)
+        if self.pool is not None and self.rounds > 1:
+            wanted = "rounds: 1, or pool: null"
+            yield Conflict(("rounds",), "a pool of one's own is not sampled anew", f"{self.rounds}", wanted)
