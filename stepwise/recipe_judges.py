@@ -7,6 +7,7 @@ bradley_terry                             the difference of two scores
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
@@ -71,11 +72,19 @@ AnyJudge = Annotated[
 _ADAPTER: TypeAdapter[str | JudgeSpec] = TypeAdapter(AnyJudge)
 
 
-def parse(value: object) -> str | JudgeSpec:
+def parse(value: object, tree: recipe_file.Tree | None = None) -> str | JudgeSpec:
     """A judge as a recipe has it, checked. Raises `ConfigError` with all the rules that it breaks."""
     try:
         return _ADAPTER.validate_python(value)
     except ValidationError as error:
         found = recipe_schema.explain(error.errors(include_url=False), value, _ADAPTER.json_schema())
-        tree = recipe_file.Tree("judge", {}, {})
+        tree = tree or recipe_file.Tree("judge", {}, {})
         raise recipe_file.joined(tree.source, [recipe_file.located(tree, problem) for problem in found]) from None
+
+
+def read(target: str, options: Sequence[str]) -> str | JudgeSpec:
+    """A target, alone or with options such as `scorer=./mine.py:score`, checked. Raises `ConfigError`."""
+    tree = recipe_file.Tree("judge", {"target": target}, {})
+    for option in options:
+        tree = recipe_file.override(tree, option)
+    return parse(tree.value if options else target, tree)

@@ -4,7 +4,7 @@ runs/<name>/
   recipe.yaml  environment.json  log.jsonl
   sandbox/  cache/                                  built once
   stages/01-sft/{data.json, round-1/{pairs/, costs/, checkpoints/, adapter/}, adapter/, metrics.json}
-  samples/<policy>.parquet  metrics.json  report.html
+  samples/<policy>.parquet  metrics.json  winrates.json  report.html
   evaluations/<name>/{about.json, samples/<policy>.parquet, metrics.json}   on prompts given later
   outcome.json  warnings.jsonl                      how the last process ended; what it warned of
 """
