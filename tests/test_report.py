@@ -15,7 +15,10 @@ import pytest
 from report_runs import CERTIFICATE, MOODS, POLICIES, cost, make
 from test_cli import call
 
+from stepwise.report import curves, winrates
+from stepwise.report.evaluations import read_evaluation
 from stepwise.report.page import write_report
+from stepwise.report.record import read_runs
 
 HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 2'>{{ 7 * 7 }}"
 
@@ -208,3 +211,68 @@ def test_the_command_writes_beside_the_run_and_says_where(copy: Path) -> None:
     assert done.exit_code == 0, done.stderr
     told = json.loads(done.stdout)
     assert Path(told["report"]) == copy / "report.html" and told["bytes"] == (copy / "report.html").stat().st_size
+
+
+def test_win_rates_and_hard_prompts_are_shown(copy: Path) -> None:
+    def rate(policy: str, opponent: str, metric: str, value: float, stratum: str = "all") -> dict[str, Any]:
+        key = {"policy": policy, "opponent": opponent, "stratum": stratum, "metric": metric, "prompts": 40}
+        return {**key, "value": value, "low": value - 0.05, "high": value + 0.05}
+
+    found = {
+        "policies": ["base", "safe"],
+        "rates": [[None, 0.39], [0.61, None]],
+        "estimates": [
+            rate("safe", "base", "win_rate", 0.61),
+            *(rate("safe", "base", "win_rate", 0.7 - 0.1 * i, mood) for i, mood in enumerate(MOODS)),
+            rate("safe", "base", "win_rate/worst", 0.49, MOODS[2]),
+            rate("safe", "base", "cvar", 0.33),
+            rate("safe", "safe", "cvar", 0.47),
+        ],
+        "judge": {"by": "./judge.py:mine", "pairs": 1234, "asymmetry": 0.11, "decisive": 0.25},
+        "settings": {"tail": 0.2, "prompts": 40, "replies": 4},
+        "warnings": [f"the judge trained them {HOSTILE}"],
+    }
+    (copy / "winrates.json").write_text(json.dumps(found))
+    curve = {"value": [9.0, 5.0], "low": [8.0, 4.0], "high": [10.0, 6.0]}
+    row = {"score": "cost/harm", "policy": "base", "baseline": None, "share": [0.5, 1.0], "cumulative": curve}
+    (copy / "curves.json").write_text(json.dumps({"hardness": "prompt", "baseline": "base", "quantile": [row]}))
+    html = page(copy)
+    text = words(html)
+    assert "By ./judge.py:mine, 40 prompts, 4 replies each, 1,234 pairs in both orders" in text
+    assert "the judge trained them" in text and HOSTILE not in html
+    assert "worst 20 % of prompts ↑ 0.33 0.28 … 0.38 (0.47)" in text
+    assert f"worst stratum ↑ 0.49 0.44 … 0.54 {MOODS[2]}" in text
+    drawn = re.findall(r'<svg role="img" aria-label="([^"]*)"', html)
+    assert "the rate at which the policy of a row beats that of a column" in drawn
+    assert "win rate against base per stratum, a bar per policy" in drawn
+    assert ">0.61<" in html and ">0.39<" in html
+    assert "On the hardest prompts Hardest are the prompts that have the lowest reward" in text
+    assert "cost harm over the hardest prompts, a line per policy" in drawn
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"policies": ["a"], "rates": [[1, 2]]}', '{"policies": 3}'])
+def test_win_rates_that_are_none_are_not_shown(tmp_path: Path, content: str) -> None:
+    (tmp_path / "winrates.json").write_text(content)
+    marks: list[str] = []
+    assert winrates.shown(read_evaluation(tmp_path, name="", order=[], marks=marks), {}) is None
+    assert bool(marks) == (content == "{")
+
+
+def test_the_hardest_prompts_have_a_figure_per_score_that_their_numbers_draw(run: Path, tmp_path: Path) -> None:
+    def row(policy: str, value: list[float], baseline: str | None = None, score: str = "cost/harm") -> dict[str, Any]:
+        ends = {"value": value, "low": [v - 1 for v in value], "high": [v + 1 for v in value]}
+        return {"score": score, "policy": policy, "baseline": baseline, "share": [0.5, 1.0], "cumulative": ends}
+
+    def drawn(*rows: Any) -> tuple[str, dict[str, str]]:
+        found = {"hardness": "baseline", "baseline": "base", "quantile": list(rows)}
+        (tmp_path / "curves.json").write_text(json.dumps(found))
+        named = [("run", read_runs([run])[0], read_evaluation(tmp_path, name="", order=[], marks=[]))]
+        figures = curves.over_hard_prompts(named, {"base": 0, "safe": 1})
+        return curves.told(named), {title: picture.svg for title, (picture,) in figures}
+
+    rows = row("base", [0.1, 0.2], score="rewards/joy"), row("base", [9.0, 5.0]), row("safe", [4.0, 3.0])
+    told, figures = drawn(*rows, row("safe", [-5.0, -2.0], "base"), "?", {"score": 1})
+    assert told == "Hardest are the prompts on which base has the lowest reward or the highest cost."
+    assert list(figures) == ["cost harm", "reward joy"]  # costs first
+    assert figures["cost harm"].count("FillBetween") == 2  # a band per policy; no difference, nothing that is no row
+    assert figures["cost harm"] != drawn(row("base", [9.0, 5.0]), row("safe", [4.0, 2.0]))[1]["cost harm"]

@@ -36,7 +36,8 @@ class Responses:
 class Evaluation:
     """One evaluation of the policies of a run. name: "" for the run's own, else its folder in evaluations/.
 
-    estimates and responses are in the order of the recipe; marks say what is missing or damaged.
+    estimates and responses are in the order of the recipe; winrates and curves are what the files of these names hold;
+    marks say what is missing or damaged.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Evaluation:
     estimates: Sequence[Estimate]
     responses: Mapping[str, Responses]
     winrates: Any = None
+    curves: Any = None
     marks: Sequence[str] = ()
     prompts: str = field(default="")  # fingerprint of the prompts that were answered, "" where there is no response
 
@@ -81,6 +83,7 @@ def read_evaluation(folder: Path, *, name: str, order: Sequence[str], marks: lis
         estimates=estimates,
         responses=responses,
         winrates=read_json(folder / "winrates.json", marks),
+        curves=read_json(folder / "curves.json", marks),
         marks=tuple(marks),
         prompts=_fingerprint(responses),
     )

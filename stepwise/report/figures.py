@@ -150,8 +150,32 @@ def quantiles(curves: Sequence[Curve], *, name: str, tail: float | None, limits:
     return sheet.svg
 
 
-def strata(groups: Mapping[str, Sequence[Bar]], *, name: str, colours: Sequence[int], limits: Limits) -> str:
-    """Bars side by side per stratum, one per policy, with their intervals."""
+def hardness(curves: Sequence[Curve], *, name: str, limits: Limits) -> str:
+    """The mean of a score over the hardest share of the prompts, against that share, with intervals."""
+    with _sheet(4.6, 2.7, label=f"{name} over the hardest prompts, a line per policy") as sheet:
+        axes = sheet.axes
+        for curve in curves:
+            _band(axes, curve)
+            axes.plot(curve.x, curve.y, color=_COLOURS[curve.colour], marker="o", markersize=2.2)
+        axes.set(xlabel="hardest share of the prompts", ylabel=name, xlim=(0, 1), ylim=limits)
+    return sheet.svg
+
+
+def _band(axes: Any, curve: Curve) -> None:
+    if curve.low is not None and curve.high is not None:
+        band = np.array([[np.nan if v is None else v for v in side] for side in (curve.low, curve.high)])
+        axes.fill_between(curve.x, band[0], band[1], color=_COLOURS[curve.colour], alpha=0.18, linewidth=0)
+
+
+def strata(
+    groups: Mapping[str, Sequence[Bar]],
+    *,
+    name: str,
+    colours: Sequence[int],
+    limits: Limits,
+    line: float | None = None,
+) -> str:
+    """Bars side by side per stratum, one per policy, with their intervals. line: a level that matters."""
     with _sheet(4.6, 2.7, label=f"{name} per stratum, a bar per policy") as sheet:
         axes, width = sheet.axes, 0.8 / max(1, len(colours))
         for place, colour in enumerate(colours):
@@ -161,6 +185,8 @@ def strata(groups: Mapping[str, Sequence[Bar]], *, name: str, colours: Sequence[
             axes.bar(at, heights, width * 0.86, color=_COLOURS[colour], linewidth=0)
             ranged = [(x, bar) for x, (_, bar) in zip(at, bars, strict=True) if bar.low is not None]
             axes.vlines([x for x, _ in ranged], [b.low for _, b in ranged], [b.high for _, b in ranged], _INK, lw=0.9)
+        if line is not None:
+            axes.axhline(line, color=_ALARM, linewidth=1)
         axes.set(ylabel=name, ylim=limits)
         axes.set_xticks(range(len(groups)), [_short(group) for group in groups])
         axes.grid(visible=False, axis="x")
@@ -210,12 +236,9 @@ def paths(
         for end in breaks:
             axes.axvline(end, color=_LINE, linewidth=1, linestyle=(0, (2, 2)))
         for curve in curves:
-            colour = _COLOURS[curve.colour]
-            if curve.low is not None and curve.high is not None:
-                band = np.array([[np.nan if v is None else v for v in side] for side in (curve.low, curve.high)])
-                axes.fill_between(curve.x, band[0], band[1], color=colour, alpha=0.18, linewidth=0)
-            marker = "o" if len(curve.x) < 12 else None
-            axes.plot(curve.x, curve.y, color=colour, marker=marker, markersize=2.6, label=curve.name)
+            _band(axes, curve)
+            style = {"color": _COLOURS[curve.colour], "marker": "o" if len(curve.x) < 12 else None, "markersize": 2.6}
+            axes.plot(curve.x, curve.y, label=curve.name, **style)
         if len(curves) > 1:
             axes.legend(handlelength=1.2, borderaxespad=0)
         axes.set(ylim=limits)

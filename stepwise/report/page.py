@@ -14,7 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from stepwise import __version__, checkpoint
-from stepwise.report import pictures, tables, tail, words
+from stepwise.report import curves, pictures, tables, tail, winrates, words
 from stepwise.report.evaluations import Evaluation
 from stepwise.report.record import Run, read_runs
 from stepwise.report.tail import Column
@@ -145,12 +145,14 @@ def _shown(group: Group, colours: Mapping[str, int]) -> dict[str, Any]:
                 "table": tables.table(run, evaluation, colours),
                 "changes": tables.changes(run, evaluation),
                 "strata": tables.strata_tables(run, evaluation, colours),
-                "winrates": pictures.winrates(evaluation),
+                "winrates": winrates.shown(evaluation, colours),
             }
             for label, run, evaluation in members
         ],
         "distributions": pictures.distributions(members, colours),
         "strata": pictures.by_stratum(members, colours),
+        "hardness": curves.over_hard_prompts(members, colours),
+        "told_of_hardness": curves.told(members),
     }
 
 

@@ -257,19 +257,3 @@ def _steps(lines: Iterable[Mapping[str, Any]]) -> tuple[list[float], list[float]
         last = max(last, before + (number_or_none(line.get("step")) or 0.0))
         at.append(before + (number_or_none(line.get("step")) or 0.0))
     return at, breaks
-
-
-# Who beats whom
-
-
-def winrates(evaluation: Evaluation) -> Picture | None:
-    """A heat map of winrates.json: {"policies": [name, ...], "rates": [[probability or null, ...], ...]}."""
-    found = evaluation.winrates
-    if not isinstance(found, dict) or not isinstance(found.get("policies"), list):
-        return None
-    names, rates = [str(name) for name in found["policies"]], found.get("rates")
-    rows = [row for row in rates if isinstance(row, list)] if isinstance(rates, list) else []
-    if not names or [len(row) for row in rows] != [len(names)] * len(names):
-        return None
-    matrix = [[number_or_none(rate) for rate in row] for row in rows]
-    return Picture("How often the policy of a row beats that of a column", figures.heat(matrix, names))
