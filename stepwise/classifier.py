@@ -24,7 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 from stepwise.errors import ConfigError, ModelError
 from stepwise.formats import Messages, as_messages
 from stepwise.model_files import check_complete, check_shards, reading
-from stepwise.policy import count_linear_4bit, cure_cpu_repacking, device, nf4
+from stepwise.policy import device
+from stepwise.quantization import count_linear_4bit, cure_cpu_repacking, nf4
 
 TEMPLATE = "score_template"  # key of config.json: the template that a model was trained with
 CHAT = "chat"  # as that: the chat template, up to the end token of the completion

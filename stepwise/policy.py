@@ -5,7 +5,7 @@
 The reference of a stage is the same model with its top adapter switched off. Policy and reference therefore share
 weights, mode, dtype and kernels, and before the first update their log-probabilities are bit-equal.
 
-This is the only module that knows bitsandbytes and peft.
+`stepwise.quantization` knows bitsandbytes; but for checks of what was exported, peft is known here alone.
 
 Shape legend: B sequences, T positions, H hidden, N response tokens.
 """
@@ -23,10 +23,12 @@ from torch import Tensor, nn
 
 from stepwise.errors import ModelError
 from stepwise.model_files import check_complete, check_shards, read_lora, reading
+from stepwise.quantization import compute_in_float32, count_linear_4bit, cure_cpu_repacking, dequantised, nf4
 from stepwise.risk import Mean
 from stepwise.token_stats import Head, token_stats
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_FLAT = "_flat"  # the whole stack as one adapter; no stage is called so
 
 
 class Policy:
@@ -187,6 +189,11 @@ class Policy:
         """fp32 adapters compute in the base's dtype; policy, reference and sampling share this one context."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
+    def compute_in_float32(self) -> None:
+        """From now on compute in fp32 with the weights as they are; see `quantization.compute_in_float32`."""
+        compute_in_float32(self.module)
+        self.dtype = torch.float32
+
     def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states (B, T, H) of the active stack, before the head. Padding goes on the right."""
         with self.autocast():
@@ -241,6 +248,18 @@ class Policy:
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_WEIGHTS)
         self._peft.peft_config[name].save_pretrained(str(folder))
 
+    def save_stack(self, folder: Path) -> None:
+        """Write the whole stack, every adapter at its strength, as one adapter in PEFT's own format.
+
+        sum_i s_i B_i A_i = [B_1 .. B_n] [s_1 A_1; ..; s_n A_n] with s = q alpha / rank: exact, its rank is their sum.
+        """
+        self._peft.add_weighted_adapter(self.names, [1.0] * len(self.names), _FLAT, combination_type="cat")
+        try:
+            self.save_adapter(_FLAT, folder)
+        finally:
+            self._peft.delete_adapter(_FLAT)
+            self._activate(self._active)
+
     def load_adapter(self, name: str, folder: Path) -> None:
         """Push an adapter that `save_adapter` wrote. Only safetensors are read, never a pickle."""
         if not (folder / ADAPTER_WEIGHTS).is_file():
@@ -279,7 +298,7 @@ class Policy:
         adapters = {id(layer.get_base_layer()): layer for layer in self._layers}
         for place, module in self._base.named_modules():
             for name, tensor in [*module.named_parameters(recurse=False), *_kept_buffers(module)]:
-                weight = _dequantised(tensor)
+                weight = dequantised(tensor)
                 if name == "weight" and id(module) in adapters:
                     for adapter in self._active:
                         weight = weight + adapters[id(module)].get_delta_weight(adapter).detach().float().cpu()
@@ -325,20 +344,6 @@ def device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
 
 
-def nf4(dtype: torch.dtype, *, keep: Sequence[str] | None = None) -> Any:
-    """How transformers loads weights in nf4 with double quantisation, computing in `dtype`. `keep` names modules that
-    stay as they are; None keeps the language-model head."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=None if keep is None else list(keep),
-    )
-
-
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout to 0: policy and reference must differ by the top adapter alone."""
     for module in model.modules():
@@ -347,35 +352,6 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def cure_cpu_repacking(model: nn.Module) -> None:
-    """Keep bitsandbytes from re-packing 4-bit weights on CPUs with AVX512-BF16.
-
-    One forward in eval mode would otherwise convert every `Linear4bit` to a layout whose kernel has no autograd
-    formula: later training passes then lose most LoRA gradients without an error.
-    """
-    import bitsandbytes
-
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-
-
-def count_linear_4bit(model: nn.Module) -> int:
-    """How many layers of the model are 4-bit."""
-    import bitsandbytes
-
-    return sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
-
-
-def _dequantised(tensor: Tensor) -> Tensor:
-    """A weight in fp32 on the CPU."""
-    import bitsandbytes
-
-    if isinstance(tensor, bitsandbytes.nn.Params4bit):
-        tensor = bitsandbytes.functional.dequantize_4bit(tensor.data, tensor.quant_state)
-    return tensor.detach().float().cpu()
 
 
 def _kept_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:

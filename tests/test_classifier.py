@@ -32,7 +32,7 @@ from transformers import (
 
 from stepwise.classifier import TextReader, end_logits, load_classifier, padded
 from stepwise.errors import ConfigError, ModelError
-from stepwise.policy import count_linear_4bit
+from stepwise.quantization import count_linear_4bit
 from stepwise.scoring import score
 
 PROMPTS = [words([5, 6, 7]), words([9]), words([3, 8, 4, 100, 60]), words([20, 21])]

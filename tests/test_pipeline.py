@@ -15,7 +15,7 @@ from stepwise import evaluations, pipeline
 from stepwise.data import Source
 from stepwise.display import Display
 from stepwise.errors import CheckpointError, ConfigError, DataError, ModelError, OtherRecipe, ScoreError
-from stepwise.policy import count_linear_4bit
+from stepwise.quantization import count_linear_4bit
 from stepwise.recipe import Recipe, load
 from stepwise.run_folder import RunFolder
 from stepwise.sampling import Decoding

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 from stepwise import policy as module
 from stepwise.errors import ModelError
 from stepwise.methods.supervised import Supervised, batches
-from stepwise.policy import Policy, count_linear_4bit, cure_cpu_repacking
+from stepwise.policy import Policy
+from stepwise.quantization import count_linear_4bit, cure_cpu_repacking
 
 MODELS = {"llama": small_models.llama, "gpt2": small_models.gpt2, "gemma2": small_models.gemma2}
 IDS = torch.randint(3, small_models.VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(0))

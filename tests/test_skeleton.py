@@ -11,7 +11,8 @@ from small_models import gemma2, gpt2, llama, save
 from transformers import AutoConfig, BertConfig, GPTNeoXConfig, GPTNeoXForCausalLM, T5Config
 
 from stepwise.errors import ModelError
-from stepwise.policy import Policy, count_linear_4bit
+from stepwise.policy import Policy
+from stepwise.quantization import count_linear_4bit
 from stepwise.skeleton import Skeleton
 
 

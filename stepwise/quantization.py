@@ -1,0 +1,65 @@
+"""Weights held in 4 bits: how they are loaded, read back, counted, and kept from harm. Knows bitsandbytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def nf4(dtype: torch.dtype, *, keep: Sequence[str] | None = None) -> Any:
+    """How transformers loads weights in nf4 with double quantisation, computing in `dtype`. `keep` names modules that
+    stay as they are; None keeps the language-model head."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=None if keep is None else list(keep),
+    )
+
+
+def cure_cpu_repacking(model: nn.Module) -> None:
+    """Keep bitsandbytes from re-packing 4-bit weights on CPUs with AVX512-BF16.
+
+    One forward in eval mode would otherwise convert every `Linear4bit` to a layout whose kernel has no autograd
+    formula: later training passes then lose most LoRA gradients without an error.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def count_linear_4bit(model: nn.Module) -> int:
+    """How many layers of the model are 4-bit."""
+    import bitsandbytes
+
+    return sum(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
+
+
+def dequantised(tensor: Tensor) -> Tensor:
+    """A weight in fp32 on the CPU."""
+    import bitsandbytes
+
+    if isinstance(tensor, bitsandbytes.nn.Params4bit):
+        tensor = bitsandbytes.functional.dequantize_4bit(tensor.data, tensor.quant_state)
+    return tensor.detach().float().cpu()
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Leave every weight what it is, and compute with it in fp32: what then differs between two models is in their
+    weights, not in how their arithmetic rounds. A 4-bit weight stays one, and is read as before."""
+    import bitsandbytes
+
+    for module in model.modules():
+        for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+            if tensor.is_floating_point() and not isinstance(tensor, bitsandbytes.nn.Params4bit):
+                tensor.data = tensor.data.float()
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.compute_dtype, module.compute_type_is_set = torch.float32, True
