@@ -47,8 +47,7 @@ def run(recipe: Recipe, output: Path | None = None, *, display: Display | None =
 def _run_in(path: Path, recipe: Recipe, display: Display | None, *, anew: bool) -> list[Estimate]:
     main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
     display = (display or Display()) if main else Display(silent=True)
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    _quieten()
     if not main:
         return _run(recipe, RunFolder(path), display, anew=anew)
     with checkpoint.exclusive(path):
@@ -57,6 +56,12 @@ def _run_in(path: Path, recipe: Recipe, display: Display | None, *, anew: bool) 
         display.keep = folder.keep_warning
         with folder.outcome():
             return _run(recipe, folder, display, anew=anew)
+
+
+def _quieten() -> None:
+    """Progress and advice are the display's business."""
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> list[Estimate]:
@@ -151,7 +156,7 @@ def refuse_unfinished(folder: RunFolder, recipe: Recipe) -> None:
     last = list(recipe.stages.values())[-1]
     if missing or isinstance(last, ScorerStage):
         raise ConfigError(
-            "This run cannot be evaluated",
+            "This run has no finished policy",
             where=folder.path,
             got=f"unfinished stages {missing}" if missing else "a cost or reward model, which is no policy",
             wanted="a finished run that ends in a policy; `stepwise run` finishes one",
@@ -199,6 +204,7 @@ def make_pairs(
 
 def open_policy(model: str) -> Policy:
     """A model (hub id or folder) as it is, or the whole stack of a finished run, at its certified strength if any."""
+    _quieten()
     if not (Path(model) / "recipe.yaml").is_file():
         return Policy.load(model, quantization="none", dtype=torch.float32)
     folder = RunFolder(Path(model))

@@ -12,6 +12,7 @@ Shape legend: B sequences, T positions, H hidden, N response tokens.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -25,10 +26,10 @@ from stepwise.errors import ModelError
 from stepwise.model_files import check_complete, check_shards, read_lora, reading
 from stepwise.quantization import compute_in_float32, count_linear_4bit, cure_cpu_repacking, dequantised, nf4
 from stepwise.risk import Mean
+from stepwise.stacking import Lora, concatenated
 from stepwise.token_stats import Head, token_stats
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-_FLAT = "_flat"  # the whole stack as one adapter; no stage is called so
 
 
 class Policy:
@@ -191,6 +192,8 @@ class Policy:
 
     def compute_in_float32(self) -> None:
         """From now on compute in fp32 with the weights as they are; see `quantization.compute_in_float32`."""
+        if self._base.config._attn_implementation == "flash_attention_2":  # which knows no fp32
+            self._base.set_attn_implementation("sdpa")
         compute_in_float32(self.module)
         self.dtype = torch.float32
 
@@ -240,25 +243,36 @@ class Policy:
 
     def save_adapter(self, name: str, folder: Path) -> None:
         """Write one adapter in PEFT's own format: `PeftModel.from_pretrained(base, folder)` reads it."""
-        from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        state = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / ADAPTER_WEIGHTS)
+        save_file(self._adapter_state(name), folder / ADAPTER_WEIGHTS)
         self._peft.peft_config[name].save_pretrained(str(folder))
 
     def save_stack(self, folder: Path) -> None:
-        """Write the whole stack, every adapter at its strength, as one adapter in PEFT's own format.
+        """Write the whole stack, every adapter at its strength, as one in PEFT's own format; its rank is their sum."""
+        from safetensors.torch import save_file
 
-        sum_i s_i B_i A_i = [B_1 .. B_n] [s_1 A_1; ..; s_n A_n] with s = q alpha / rank: exact, its rank is their sum.
-        """
-        self._peft.add_weighted_adapter(self.names, [1.0] * len(self.names), _FLAT, combination_type="cat")
-        try:
-            self.save_adapter(_FLAT, folder)
-        finally:
-            self._peft.delete_adapter(_FLAT)
-            self._activate(self._active)
+        configs = {name: self._peft.peft_config[name] for name in self.names}
+        parts = [Lora(self._adapter_state(name), part.r, self._scale(name)) for name, part in configs.items()]
+        config = copy.copy(configs[self.names[0]])
+        config.r = config.lora_alpha = sum(part.rank for part in parts)  # a scale of one
+        config.target_modules = set().union(*(part.target_modules for part in configs.values()))
+        base = Path(self._base.name_or_path)
+        if base.exists():  # a relative path would mean another place to who loads this elsewhere
+            config.base_model_name_or_path = str(base.resolve())
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(concatenated(parts), folder / ADAPTER_WEIGHTS)
+        config.save_pretrained(str(folder))
+
+    def _adapter_state(self, name: str) -> dict[str, Tensor]:
+        from peft import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
+        return {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+
+    def _scale(self, name: str) -> float:
+        return float(next(layer.scaling[name] for layer in self._layers if name in layer.scaling))
 
     def load_adapter(self, name: str, folder: Path) -> None:
         """Push an adapter that `save_adapter` wrote. Only safetensors are read, never a pickle."""
@@ -270,13 +284,13 @@ class Policy:
 
     def load_weights(self, name: str, folder: Path) -> None:
         """Overwrite the weights of an adapter that is on the stack with those in `folder`."""
-        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+        from peft import set_peft_model_state_dict
         from safetensors.torch import load_file
 
         path = folder / ADAPTER_WEIGHTS
         with reading(f"The adapter {name!r}", where=str(path), wanted="a file of safetensors"):
             state = load_file(path)
-        own = get_peft_model_state_dict(self._peft, adapter_name=name, save_embedding_layers=False)
+        own = self._adapter_state(name)
         differing = sorted(set(state) ^ set(own)) or sorted(k for k in own if state[k].shape != own[k].shape)
         if differing:
             raise ModelError(
@@ -300,7 +314,7 @@ class Policy:
             for name, tensor in [*module.named_parameters(recurse=False), *_kept_buffers(module)]:
                 weight = dequantised(tensor)
                 if name == "weight" and id(module) in adapters:
-                    for adapter in self._active:
+                    for adapter in (own for own in self._active if own in adapters[id(module)].scaling):
                         weight = weight + adapters[id(module)].get_delta_weight(adapter).detach().float().cpu()
                 if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):  # turned to be held in 4 bits
                     weight = weight.t() if name == "weight" else weight

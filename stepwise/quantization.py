@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,17 +45,25 @@ def count_linear_4bit(model: nn.Module) -> int:
 
 
 def dequantised(tensor: Tensor) -> Tensor:
-    """A weight in fp32 on the CPU."""
+    """A weight in fp32 on the CPU, with the values that it has in the dtype it was loaded in."""
+    return _dense(tensor).cpu()
+
+
+def _dense(tensor: Tensor) -> Tensor:
     import bitsandbytes
 
     if isinstance(tensor, bitsandbytes.nn.Params4bit):
         tensor = bitsandbytes.functional.dequantize_4bit(tensor.data, tensor.quant_state)
-    return tensor.detach().float().cpu()
+    return tensor.detach().float()
 
 
 def compute_in_float32(model: nn.Module) -> None:
     """Leave every weight what it is, and compute with it in fp32: what then differs between two models is in their
-    weights, not in how their arithmetic rounds. A 4-bit weight stays one, and is read as before."""
+    weights, not in how their arithmetic rounds.
+
+    bitsandbytes reads a 4-bit weight in the dtype of what it is multiplied with, so that a model in bf16 that is merely
+    fed fp32 has other weights than it was trained with. Here it is read in the dtype it was loaded in. No gradients.
+    """
     import bitsandbytes
 
     for module in model.modules():
@@ -62,4 +71,8 @@ def compute_in_float32(model: nn.Module) -> None:
             if tensor.is_floating_point() and not isinstance(tensor, bitsandbytes.nn.Params4bit):
                 tensor.data = tensor.data.float()
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.compute_dtype, module.compute_type_is_set = torch.float32, True
+            module.forward = partial(_in_float32, module)
+
+
+def _in_float32(layer: Any, x: Tensor) -> Tensor:
+    return nn.functional.linear(x, _dense(layer.weight), layer.bias)

@@ -16,7 +16,7 @@ from stepwise import checkpoint
 from stepwise.constraints.certificate import prompts_needed, upper_bound
 from stepwise.constraints.selection import Check, Selection, Step, select
 from stepwise.data import Loaded
-from stepwise.errors import ConfigError
+from stepwise.errors import CheckpointError, ConfigError
 from stepwise.formats import Pair, Prompt
 from stepwise.ledger import Ledger
 from stepwise.recipe import Constraint
@@ -107,7 +107,12 @@ def chosen_scale(folder: RunFolder) -> float | None:
     path = folder.path / CERTIFICATE
     if not path.is_file():
         return None
-    found: float | None = json.loads(path.read_text())["q"]
+    try:
+        found: float | None = json.loads(path.read_text())["q"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            "The certificate of the run is damaged", where=path, wanted="the file that `stepwise run` wrote"
+        ) from error
     return found
 
 
