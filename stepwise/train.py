@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from stepwise import checkpoint, rng
-from stepwise.collate import bucket_order
 from stepwise.errors import ConfigError, DataError, Interrupted, ModelError, NonFiniteError
+from stepwise.passes import Passes, Placed, idle, placed
 from stepwise.tokens import Tokens
 from stepwise.watch import LogTo, Meter, Monitor, Steer, Steering, StopOnSignal
 
@@ -160,8 +160,8 @@ class StepwiseTrainer(Trainer):
         super().__init__(
             model=objective,
             args=_arguments(training, folder),
-            train_dataset=_Placed(rows),
-            data_collator=_placed(collate),
+            train_dataset=Placed(rows),
+            data_collator=placed(collate),
             callbacks=[*([Steer(steering)] if steering else []), *callbacks],
         )
         self.remove_callback(PrinterCallback)
@@ -181,10 +181,20 @@ class StepwiseTrainer(Trainer):
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        # The rows of an update follow from the batch alone, not from how it is split over passes and processes.
-        lengths, batch = self.rows.lengths(), self.training.batch_size
-        return _Buckets(lengths, batch=batch, seed=self.args.seed, step=lambda: self.state.global_step)
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        count, batch = len(self.rows), self.training.batch_size
+        passes = Passes(
+            self.rows.lengths(),
+            batch=batch,
+            micro=self.training.micro_batch,
+            processes=self.accelerator.num_processes,
+            seed=self.args.seed,
+            epoch=lambda: self.state.global_step // -(-count // batch),
+        )
+        pin = self.args.dataloader_pin_memory
+        loader = DataLoader(Placed(self.rows), batch_sampler=passes, collate_fn=placed(self.collate), pin_memory=pin)
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
 
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         self._seen = [batch["rows"] for batch in batch_samples]
@@ -207,12 +217,12 @@ class StepwiseTrainer(Trainer):
             parameter.grad = gradient
         self.meter.state = metered
         torch.cuda.empty_cache()
-        places, rows = inputs["places"].tolist(), _Placed(self.rows)
+        places, rows = inputs["places"].tolist(), Placed(self.rows)
         self.warn(
             f"{len(places)} rows did not fit in memory at once and pass in halves; a smaller micro_batch is faster"
         )
         half = len(places) // 2
-        parts = [_placed(self.collate)([rows[i] for i in part]) for part in (places[:half], places[half:])]
+        parts = [placed(self.collate)([rows[i] for i in part]) for part in (places[:half], places[half:])]
         losses = [self.training_step(model, part, num_items_in_batch) for part in parts]
         return torch.stack(losses).sum()
 
@@ -243,6 +253,8 @@ class StepwiseTrainer(Trainer):
             raise NonFiniteError(
                 "The loss is not finite; the weights are unchanged", where=where, got=outcome.loss.item()
             )
+        if idle(inputs["places"]):
+            return outcome.loss * 0
         self.meter.add(outcome.metrics)
         assert num_items_in_batch is not None
         loss: Tensor = outcome.loss * self.accelerator.num_processes / num_items_in_batch
@@ -317,39 +329,6 @@ def _moments(checkpoint: Path) -> dict[int, dict[str, Tensor]]:
     return slots
 
 
-class _Placed(Dataset[dict[str, Any]]):
-    """Rows that know where they stand, so that a batch can be made again in parts."""
-
-    def __init__(self, rows: Tokens) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {**self.rows[i], "place": i}
-
-
-def _placed(collate: Callable[[Sequence[Mapping[str, Any]]], Batch]) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
-    """Batches that keep the places of their rows."""
-    return lambda rows: {**collate(rows), "places": torch.tensor([row["place"] for row in rows])}
-
-
-class _Buckets(Sampler[int]):
-    """Rows in an order of similar lengths, a function of the seed and of the epoch that the current step is in."""
-
-    def __init__(self, lengths: Sequence[int], *, batch: int, seed: int, step: Callable[[], int]) -> None:
-        self.lengths, self.batch, self.seed, self.step = lengths, batch, seed, step
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        steps_per_epoch = -(-len(self.lengths) // self.batch)
-        epoch = self.step() // steps_per_epoch
-        return iter(bucket_order(self.lengths, batch=self.batch, seed=self.seed, epoch=epoch))
-
-
 def _arguments(training: Training, folder: Path) -> TrainingArguments:
     """The only place where `TrainingArguments` are built."""
     import os
@@ -379,6 +358,7 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
         seed=training.seed,
         report_to=list(training.report_to),
         remove_unused_columns=False,
+        accelerator_config={"even_batches": False},  # would show the first rows twice; `Passes` are even
         use_cpu=not torch.cuda.is_available(),  # else several processes without GPUs would not know of each other
         ddp_find_unused_parameters=False,
         disable_tqdm=True,

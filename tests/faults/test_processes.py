@@ -13,8 +13,11 @@ import pytest
 from forks import fork
 from kills import newest_step
 from safetensors.torch import load_file
+from tail_runs import ADAPTER, STAGE, lines, run, written
 from trials import METHODS, TRAINING, Trial, state
 
+from stepwise import episodes
+from stepwise.recipe import load
 from stepwise.run_folder import Log
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
@@ -24,6 +27,7 @@ LAST = "step-00000010/adapter_model.safetensors"
 def test_two_processes_give_the_losses_and_weights_of_one_and_stop_and_resume_together(
     base: Path, tmp_path: Path
 ) -> None:
+    recipe = written(tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(
@@ -33,7 +37,9 @@ def test_two_processes_give_the_losses_and_weights_of_one_and_stop_and_resume_to
 
     for method in METHODS:
         settings = replace(TRAINING, log_every=2, learning_rate=1e-3)
-        single = Trial(base, tmp_path / f"one {method}", method, settings, rows=20)  # every batch is full
+        single = Trial(
+            base, tmp_path / f"one {method}", method, settings, rows=17
+        )  # the last batch of an epoch leaves a process idle
         assert fork(single.run).code == 0
         one, two = (Log(folder / "log.jsonl").lines() for folder in (single.folder, tmp_path / method))
         assert [line["step"] for line in two] == [line["step"] for line in one] == [2, 4, 6, 8, 10]
@@ -52,3 +58,17 @@ def test_two_processes_give_the_losses_and_weights_of_one_and_stop_and_resume_to
         Log(tmp_path / "resumed" / "log.jsonl").lines(), Log(tmp_path / "rsa" / "log.jsonl").lines(), strict=True
     ):
         assert ours_line == pytest.approx(theirs_line, rel=1e-12)
+
+    run(load(recipe, ["training.learning_rate=1e-3"]), tmp_path / "tail of one")
+    one, two = lines(tmp_path / "tail of one"), lines(tmp_path / "tail")
+    assert [line["iteration"] for line in two] == [line["iteration"] for line in one] == [0, 0, 1, 1, 2, 2]
+    for name in ("returns/threshold", "returns/kept", "episodes/kept", "kl/exact", "loss"):
+        assert [line.get(name) for line in two] == pytest.approx([line.get(name) for line in one], abs=1e-5), name
+    for iteration in (1, 2):  # the two that are kept
+        rows = [
+            episodes.read(tmp_path / run / STAGE / f"iteration-{iteration:05d}" / "episodes")[0]
+            for run in ("tail of one", "tail")
+        ]
+        assert rows[0].index == rows[1].index and len(rows[0].index) < 8
+    ours, theirs = (load_file(tmp_path / run / STAGE / ADAPTER) for run in ("tail of one", "tail"))
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) <= 1e-5

@@ -12,9 +12,11 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
+import tail_runs  # noqa: E402
 from trials import TRAINING, Trial  # noqa: E402
 
 from stepwise.errors import Interrupted  # noqa: E402
+from stepwise.recipe import load  # noqa: E402
 
 
 def main(base: Path, folder: Path) -> None:
@@ -32,14 +34,15 @@ def main(base: Path, folder: Path) -> None:
 
     settings = replace(TRAINING, log_every=2, learning_rate=1e-3)
     for method in ("sft", "rsa"):
-        trial = Trial(base, folder / method, method, settings, rows=20)
+        trial = Trial(base, folder / method, method, settings, rows=17)
         trial.run()
-    trial = Trial(base, folder / "resumed", "rsa", settings, rows=20)
+    trial = Trial(base, folder / "resumed", "rsa", settings, rows=17)
     try:
         replace(trial, prepare=stopped).run()
     except Interrupted as error:
         (folder / f"stopped-{rank}.json").write_text(json.dumps(str(error)))
     trial.run()
+    tail_runs.run(load(folder / "recipe.yaml", ["training.learning_rate=1e-3"]), folder / "tail")
 
 
 main(Path(sys.argv[1]), Path(sys.argv[2]))
