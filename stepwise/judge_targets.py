@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from stepwise import targets
+from stepwise.chat_judge import ChatJudge
 from stepwise.judging import BradleyTerry, PairJudge
+from stepwise.recipe_judges import ChatJudge as ChatSpec
 from stepwise.recipe_judges import JudgeCall, JudgeSpec
 from stepwise.scoring import TIMEOUT
 
@@ -19,13 +21,15 @@ def resolve(spec: str | JudgeSpec) -> PairJudge:
             return _function(spec)
         case JudgeCall():
             return _Timed(_function(spec.target), spec.timeout)
+        case ChatSpec():
+            return ChatJudge(targets.endpoint(spec), spec.prompt, spec.pattern, spec.verdicts)
         case _:
             return BradleyTerry(targets.resolve(spec.scorer), scale=spec.scale, prefer=spec.prefer)
 
 
 def check(spec: str | JudgeSpec) -> None:
     """Raise what `resolve` would, as far as that can be told without loading a model."""
-    if isinstance(spec, str | JudgeCall):
+    if isinstance(spec, str | JudgeCall | ChatSpec):
         resolve(spec)
     else:
         targets.check(spec.scorer)
@@ -35,6 +39,8 @@ def fingerprint(spec: str | JudgeSpec) -> str:
     """SHA-256 of what a recipe says of a judge and of the files behind it."""
     if isinstance(spec, str | JudgeCall):
         return targets.fingerprint(str(spec))
+    if isinstance(spec, ChatSpec):
+        return hashlib.sha256(spec.model_dump_json().encode()).hexdigest()
     told = spec.model_dump_json(), targets.fingerprint(spec.scorer)
     return hashlib.sha256("\n".join(told).encode()).hexdigest()
 

@@ -2,22 +2,26 @@
 
 package.module:name, ./file.py:name       a function f(prompts, first, second, **columns) -> probabilities
 bradley_terry                             the difference of two scores
+https://host/v1                           a language model behind an OpenAI-compatible endpoint
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
 from stepwise import recipe_file, recipe_schema
-from stepwise.recipe_parts import Conflict, Part, Positive, refuse
-from stepwise.recipe_scorers import FUNCTION, Prefer, Scorer, Seconds
+from stepwise.recipe_parts import Conflict, Part, Positive, Text, refuse
+from stepwise.recipe_scorers import FUNCTION, Asked, Prefer, Scorer, Seconds
 
 JUDGES = "package.module:name or ./file.py:name"
-BRADLEY_TERRY = "{target: bradley_terry, scorer: ...}"
+NEEDS_OPTIONS = {
+    "bradley_terry": "{target: bradley_terry, scorer: ...}",
+    "chat": "{target: https://host/v1, model: ..., prompt: ..., pattern: ...}",
+}
 
 
 def form(value: object) -> str | None:
@@ -27,14 +31,21 @@ def form(value: object) -> str | None:
     target = value.get("target", "") if isinstance(value, dict) else getattr(value, "target", "")
     if target == "":
         return None
-    return "<bradley_terry>" if target == "bradley_terry" else "<call>"
+    return f"<{_kind(target)}>"
+
+
+def _kind(target: object) -> str:
+    if isinstance(target, str) and target.startswith(("http://", "https://")):
+        return "chat"
+    return "bradley_terry" if target == "bradley_terry" else "call"
 
 
 def _plain(target: str) -> str:
-    if target == "bradley_terry":
-        refuse([Conflict((), "this target needs options", target, BRADLEY_TERRY)])
+    if (kind := _kind(target)) in NEEDS_OPTIONS:
+        refuse([Conflict((), "this target needs options", recipe_schema.short(target), NEEDS_OPTIONS[kind])])
     if not re.fullmatch(FUNCTION, target):
-        refuse([Conflict((), "a judge has another form", recipe_schema.short(target), f"{JUDGES}, or {BRADLEY_TERRY}")])
+        wanted = ", or ".join([JUDGES, *NEEDS_OPTIONS.values()])
+        refuse([Conflict((), "a judge has another form", recipe_schema.short(target), wanted)])
     return target
 
 
@@ -64,10 +75,32 @@ class BradleyTerry(_Judge):
         return f"{self.target} of {self.scorer}"
 
 
+class ChatJudge(Asked):
+    """A language model that is asked which of two responses is better."""
+
+    prompt: Text = Field(description="what it is asked; holds {first} and {second}, and {prompt} if it is to see that")
+    pattern: Text = Field(description="regular expression with one group: the first match in the answer is the verdict")
+    verdicts: dict[Text, Annotated[float, Field(ge=0, le=1)]] = Field(
+        default={"A": 1.0, "B": 0.0},
+        description="verdict: probability that the first response wins; a verdict may also be such a number itself",
+    )
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        for name in ("{first}", "{second}"):
+            if name not in self.prompt:
+                got = recipe_schema.short(self.prompt)
+                yield Conflict(("prompt",), "the judge would not see a response", got, f"a text with {name}")
+        yield from super()._conflicts()
+
+
 _PLAIN = Annotated[str, Field(description=f"target: {JUDGES}"), AfterValidator(_plain), Tag("<text>")]
-JudgeSpec = JudgeCall | BradleyTerry
+JudgeSpec = JudgeCall | BradleyTerry | ChatJudge
 AnyJudge = Annotated[
-    _PLAIN | Annotated[JudgeCall, Tag("<call>")] | Annotated[BradleyTerry, Tag("<bradley_terry>")], Discriminator(form)
+    _PLAIN
+    | Annotated[JudgeCall, Tag("<call>")]
+    | Annotated[BradleyTerry, Tag("<bradley_terry>")]
+    | Annotated[ChatJudge, Tag("<chat>")],
+    Discriminator(form),
 ]
 _ADAPTER: TypeAdapter[str | JudgeSpec] = TypeAdapter(AnyJudge)
 

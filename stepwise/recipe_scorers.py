@@ -144,8 +144,8 @@ class Classifier(_Scorer):
         return name, revision or None
 
 
-class Judge(_Scorer):
-    """A language model that is asked for a number."""
+class Asked(_Scorer):
+    """A language model that is asked a question."""
 
     target: str = Field(
         pattern=f"^{URL}$",
@@ -153,8 +153,8 @@ class Judge(_Scorer):
         description="base URL of an OpenAI-compatible endpoint, such as https://host/v1",
     )
     model: Text = Field(description="model that the endpoint serves")
-    prompt: Text = Field(description="what it is asked; holds {completion}, and {prompt} if it is to see that")
-    pattern: Text = Field(description="regular expression with one group: the first match in the answer is the score")
+    prompt: Text
+    pattern: Text
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = Field(
         default=None, description="environment variable that holds the API key; null sends none"
     )
@@ -171,9 +171,6 @@ class Judge(_Scorer):
         return self
 
     def _conflicts(self) -> Iterator[Conflict]:
-        if "{completion}" not in self.prompt:
-            got = recipe_schema.short(self.prompt)
-            yield Conflict(("prompt",), "the judge would not see the response", got, "a text with {completion}")
         try:
             groups = re.compile(self.pattern).groups
         except (re.error, OverflowError, RecursionError) as error:
@@ -183,6 +180,19 @@ class Judge(_Scorer):
             if groups != 1:
                 wanted = "one group, such as 'Score: ([0-9]+)'; (?:...) groups without capturing"
                 yield Conflict(("pattern",), "the score must be the one group", f"{groups} groups", wanted)
+
+
+class Judge(Asked):
+    """A language model that is asked for a number."""
+
+    prompt: Text = Field(description="what it is asked; holds {completion}, and {prompt} if it is to see that")
+    pattern: Text = Field(description="regular expression with one group: the first match in the answer is the score")
+
+    def _conflicts(self) -> Iterator[Conflict]:
+        if "{completion}" not in self.prompt:
+            got = recipe_schema.short(self.prompt)
+            yield Conflict(("prompt",), "the judge would not see the response", got, "a text with {completion}")
+        yield from super()._conflicts()
 
 
 _PLAIN = Annotated[

@@ -18,8 +18,9 @@ from types import ModuleType
 from typing import Any, cast
 
 from stepwise import recipe_scorers
+from stepwise.endpoint import Endpoint
 from stepwise.errors import ScoreError
-from stepwise.recipe_scorers import TARGETS, Call, Classifier, Combine, Judge, Lexicon, Noise, Spec
+from stepwise.recipe_scorers import TARGETS, Asked, Call, Classifier, Combine, Judge, Lexicon, Noise, Spec
 from stepwise.scoring import FORMS, Limited, Scorer, sources
 
 
@@ -53,8 +54,7 @@ def resolve(spec: str | Spec | Mapping[str, Any]) -> Scorer:
         case Judge():
             from stepwise.constraints import judge
 
-            options = spec.model_dump(exclude={"target"})
-            return Limited(judge.Judge(url=spec.target, **options), None)
+            return Limited(judge.Judge(endpoint(spec), spec.prompt, spec.pattern), None)
         case Combine():
             from stepwise.constraints import combine
 
@@ -69,6 +69,12 @@ def resolve(spec: str | Spec | Mapping[str, Any]) -> Scorer:
 
             hit = noise.Slice(**spec.slice.model_dump())
             return Limited(noise.Noise(resolve(spec.of), spec.flip, spec.std, spec.center, hit, spec.seed), None)
+
+
+def endpoint(spec: Asked) -> Endpoint:
+    """The endpoint that a recipe says a language model is asked at. Raises `ScoreError` where there is no API key."""
+    options = {"model", "api_key_env", "timeout", "retries", "concurrency", "max_tokens"}
+    return Endpoint(spec.target, **spec.model_dump(include=options))
 
 
 def check(spec: str | Spec) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from stepwise.constraints import judge
+from stepwise import endpoint
 from stepwise.constraints.judge import Judge
+from stepwise.endpoint import Endpoint
 from stepwise.errors import ScoreError
 from stepwise.scoring import score
 from stepwise.targets import resolve
@@ -78,7 +79,7 @@ def chat(text: object) -> dict[str, Any]:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(judge, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.01)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("JUDGE_KEY", KEY)
     server = Server()
@@ -241,7 +242,7 @@ def test_a_key_that_cannot_be_sent_names_the_variable_alone(
 
 
 def test_a_judge_does_not_hold_the_key(server: Server) -> None:
-    scorer = Judge(server.url, "m", "{completion}", "([0-9])", api_key_env="JUDGE_KEY")
+    scorer = Judge(Endpoint(server.url, "m", api_key_env="JUDGE_KEY"), "{completion}", "([0-9])")
     assert score(scorer, ["p"], ["c"], name="j") == [7.0]
     assert KEY not in repr(scorer) + repr(vars(scorer))
 

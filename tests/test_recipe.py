@@ -82,6 +82,17 @@ EVERYTHING: dict[str, Any] = {
             "judge": {"target": "bradley_terry", "scorer": "./costs.py:good"},
             "annotators": {"shares": {"one": 0.5, "two": 0.5}, "risk": {"measure": "mean"}},
         },
+        "asked": {
+            "method": "game",
+            "data": {"path": "sandbox:train_prompts", "format": "prompts"},
+            "judge": {
+                "target": "https://host/v1",
+                "model": "m",
+                "prompt": "{first} or {second}?",
+                "pattern": "([AB])",
+                "verdicts": {"A": 0.9, "B": 0.1},
+            },
+        },
         "tail": {
             "method": "ra_rlhf",
             "data": {"path": "sandbox:train_prompts", "format": "prompts"},
@@ -441,6 +452,10 @@ NUMBERS: dict[str, tuple[str, str]] = {
     "evaluate.costs.judged.retries": (WHOLE, "0 1"),
     "evaluate.costs.judged.concurrency": (WHOLE, "1"),
     "evaluate.costs.judged.max_tokens": (WHOLE, "1"),
+    "stages.asked.judge.timeout": (ANY, "1 0.5"),
+    "stages.asked.judge.retries": (WHOLE, "0 1"),
+    "stages.asked.judge.concurrency": (WHOLE, "1"),
+    "stages.asked.judge.max_tokens": (WHOLE, "1"),
     "evaluate.costs.any.quorum": (WHOLE, "1"),
     "evaluate.costs.noisy.flip": (ANY, "0 1 0.5"),
     "evaluate.costs.noisy.std": (ANY, "0 1 0.5"),

@@ -1,0 +1,208 @@
+"""Asking a language model behind an OpenAI-compatible endpoint, many questions at once."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import threading
+import time
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from stepwise.errors import ScoreError
+from stepwise.scoring import BadRow
+
+FIRST_WAIT, LONGEST_WAIT = 0.25, 60.0  # seconds before a further attempt; doubled from attempt to attempt
+MAX_REPLY = 1 << 20  # bytes of a reply
+_SHOWN = 120  # characters of an answer in an error
+
+T = TypeVar("T")
+
+
+class Unreadable(Exception):
+    """Why an answer is not what was asked for."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A model, and how it is asked.
+
+    A request is POST {url}/chat/completions with one user message and temperature 0. Status 408, 429 and 5xx, timeouts
+    and lost connections are tried again; other statuses, redirects and answers that cannot be read are errors of that
+    row. The API key is read from the environment when a request is made, and kept nowhere.
+    """
+
+    url: str
+    model: str
+    api_key_env: str | None = None
+    timeout: float = 60.0
+    retries: int = 5
+    concurrency: int = 8
+    max_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        _key(self.api_key_env)  # to be told now, not hours later
+
+    def ask(self, questions: Sequence[str], read: Callable[[str], T]) -> list[T]:
+        """What `read` makes of the answer to each question; after a failure no further question is asked.
+
+        Raises `BadRow` where there is no answer, or `read` raises `Unreadable`; else what `read` raises.
+        """
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "stepwise"}
+        secret = _key(self.api_key_env)
+        if secret:
+            headers["Authorization"] = f"Bearer {secret}"
+        todo, found = deque(range(len(questions))), dict[int, T]()
+        failures: list[Exception] = []
+        stop = threading.Event()
+
+        def work() -> None:
+            while todo and not stop.is_set():
+                try:
+                    row = todo.popleft()
+                    body = json.dumps(self._body(questions[row])).encode()
+                    request = urllib.request.Request(f"{self.url.rstrip('/')}/chat/completions", body, headers)
+                    found[row] = _read_answer(self._reply(request, stop), read)
+                except IndexError:
+                    return  # another thread took the last row
+                except _Failed as failed:
+                    failures.append(BadRow(row, f"model {self.model!r} at {self.url}: {failed.told(secret)}"))
+                    stop.set()
+                except Exception as error:
+                    failures.append(error)
+                    stop.set()
+
+        # Daemons: an interrupted process does not wait for the rows that are left.
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(min(self.concurrency, len(questions)))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        return [found[row] for row in range(len(questions))]
+
+    def _body(self, question: str) -> dict[str, Any]:
+        messages = [{"role": "user", "content": question}]
+        return {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
+
+    def _reply(self, request: urllib.request.Request, stop: threading.Event) -> str:
+        wait = FIRST_WAIT
+        for attempt in range(self.retries + 1):
+            try:
+                return _post(request, self.timeout)
+            except _Retry as retry:
+                if attempt == self.retries or stop.is_set():
+                    raise _Failed(f"{retry.why}, in {attempt + 1} attempts", retry.said) from None
+                stop.wait(min(max(wait, retry.after), LONGEST_WAIT))
+                wait *= 2
+        raise AssertionError("unreachable")
+
+
+def fill(template: str, **parts: str) -> str:
+    """The template with {name} of every part replaced, in one pass: a part that itself holds {name} is text like any
+    other."""
+    return re.sub(r"\{(" + "|".join(parts) + r")\}", lambda match: parts[match[1]], template)
+
+
+def found_by(pattern: str, answer: str) -> str:
+    """What the one group of the pattern first matches in an answer. Raises `Unreadable` where it does not."""
+    match = re.search(pattern, answer)
+    if match is None or match[1] is None:
+        raise Unreadable(f"the answer does not match {pattern!r}")
+    return match[1]
+
+
+def _read_answer(reply: str, read: Callable[[str], T]) -> T:
+    try:
+        answer = json.loads(reply)["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        answer = None
+    if not isinstance(answer, str):
+        raise _Failed("the reply is no chat completion with a text", reply)
+    try:
+        return read(answer)
+    except Unreadable as error:
+        raise _Failed(str(error), answer) from None
+
+
+class _Failed(Exception):
+    """Why a request gives no score, and what the server said."""
+
+    def __init__(self, why: str, said: str = "") -> None:
+        super().__init__(why)
+        self.why, self.said = why, said
+
+    def told(self, secret: str | None) -> str:
+        """Both, without the key: a server may repeat the headers of a request. Hidden first, then cut."""
+        why, said = ((text.replace(secret, "[API key]") if secret else text) for text in (self.why, self.said))
+        return f"{why}: {said[:_SHOWN]!r}" if said else why
+
+
+class _Retry(_Failed):
+    """Why a request failed that may succeed later, and the seconds that the server asks to wait."""
+
+    def __init__(self, why: str, said: str = "", after: float = 0.0) -> None:
+        super().__init__(why, said)
+        self.after = after
+
+
+class _AsIs(urllib.request.HTTPErrorProcessor):
+    """Every reply as it comes: an error is told by its status, and a redirect would carry the key to another place."""
+
+    def http_response(self, request: Any, response: Any) -> Any:
+        return response
+
+    https_response = http_response
+
+
+def _post(request: urllib.request.Request, timeout: float) -> str:
+    deadline = time.monotonic() + timeout
+    try:
+        with urllib.request.build_opener(_AsIs).open(request, timeout=timeout) as reply:
+            said = _read(reply, deadline)
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        late = isinstance(reason, TimeoutError)
+        raise _Retry(f"no reply within {timeout:g} s" if late else f"no connection ({reason!r})") from None
+    if 200 <= reply.status < 300:
+        return said
+    if reply.status in (408, 429) or reply.status >= 500:
+        raise _Retry(f"status {reply.status}", said, _seconds(reply.headers.get("Retry-After")))
+    raise _Failed(f"status {reply.status}", said)
+
+
+def _read(reply: Any, deadline: float) -> str:
+    """The body. The deadline bounds the whole of it: a server that drips bytes is late too."""
+    body = bytearray()
+    while chunk := reply.read1(1 << 16):
+        body += chunk
+        if len(body) > MAX_REPLY:
+            raise _Failed(f"the reply is longer than {MAX_REPLY:,} bytes")
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    if reply.length:
+        raise http.client.IncompleteRead(bytes(body), reply.length)
+    return body.decode("utf-8", "replace")
+
+
+def _seconds(header: str | None) -> float:
+    try:
+        return max(float(header or 0), 0.0)
+    except ValueError:  # a date: the usual wait will do
+        return 0.0
+
+
+def _key(variable: str | None) -> str | None:
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key or not (key.isascii() and key.isprintable()):
+        got = "not set" if not key else "characters that no HTTP header can hold"
+        raise ScoreError("the judge has no API key", where=f"environment variable {variable}", got=got, wanted="a key")
+    return key
