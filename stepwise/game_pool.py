@@ -123,13 +123,14 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def as_tokens(pool: Sequence[Mapping[str, Any]], fields: Sequence[str], base_NM: Sequence[Sequence[float]]) -> Tokens:
-    """A pool as rows to train on: ids of prompt and responses, and columns `wins`, `base`, `prompt`.
+    """A pool as rows to train on: ids of prompt and responses, columns of the prompt, `wins`, `base`, `prompt`.
 
     `wins` is (A, M, M): P_a[i, j] = 1 - P_a[j, i], 1/2 on the diagonal.
     """
     writer = TokensWriter("prompt_ids", *fields)
     for n, row in enumerate(pool):
-        columns = {"wins": [_square(upper, len(fields)) for upper in row["wins"]], "base": base_NM[n], "prompt": n}
+        wins = [_square(upper, len(fields)) for upper in row["wins"]]
+        columns = {**row["columns"], "wins": wins, "base": base_NM[n], "prompt": n}
         writer.add(n, columns, row["prompt_ids"], *row["response_ids"])
         writer.counts.rows += 1
     return writer.tokens()
@@ -194,9 +195,9 @@ def doubts(numbers: Mapping[str, float]) -> list[str]:
     return [f"the judge is saturated: {told}; risk over opponents then hardly differs from none. A softer judge helps"]
 
 
-def strata_of(pool: Sequence[Mapping[str, Any]], column: str) -> list[str]:
+def strata_of(rows: Tokens, column: str) -> list[str]:
     """The stratum of every prompt. Raises `DataError` where one is missing or has a single prompt."""
-    values = [row["columns"].get(column) for row in pool]
+    values = [columns.get(column) for columns in rows.columns]
     missing = sum(value is None for value in values)
     if missing:
         raise DataError(

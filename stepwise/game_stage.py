@@ -6,21 +6,24 @@ stages/02-game/{data.json, round-1/{pool/, checkpoints/, adapter/}, metrics.json
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from stepwise import checkpoint, game_pool, judge_targets
 from stepwise.footprint import Footprint
-from stepwise.game_payoffs import SPREAD, Payoff, spread
+from stepwise.game_payoffs import SPREAD, Payoff, on_pool, spread
 from stepwise.game_pool import Panel
+from stepwise.game_strata import StrataScale
 from stepwise.matrix_game import guaranteed_beta
 from stepwise.methods import game
-from stepwise.recipe_games import GameStage
+from stepwise.recipe_games import GameStage, Strata
 from stepwise.risk import Mean, build
 from stepwise.sampling import Decoding, Prompts
-from stepwise.stages import StageMonitor, begin, check_start, commit, training_of
+from stepwise.stages import STEERING, StageMonitor, begin, check_start, commit, save_stage, training_of
 from stepwise.tokens import Tokens
 from stepwise.train import train
 from stepwise.workspace import Workspace
@@ -39,7 +42,6 @@ def run_game_stage(run: Workspace, name: str, stage: GameStage, place: Path, *, 
     payoff, collate = payoff_of(stage), game.batches(run.policy.pad_id)
     objective = game.Game(run.policy, payoff=payoff, beta=stage.beta)
     training = training_of(run.recipe, name, seed)
-    numbers: dict[str, float] = {}
     for number in range(1, stage.rounds + 1):
         part = place / f"round-{number}"
         rows = _rows(run, stage, prompts, objective, Path(stage.pool) if stage.pool else part / "pool", seed, number)
@@ -47,6 +49,8 @@ def run_game_stage(run: Workspace, name: str, stage: GameStage, place: Path, *, 
             check_start(run, collate([rows[i] for i in range(min(4, len(rows)))]))
             for told in doubts(stage, payoff, rows):
                 run.display.warn(told)
+        steering = None if stage.strata is None else scale_of(stage.strata, payoff, rows)
+        objective.scale = steering or game.Alike()
         if not (part / "adapter").is_dir():
             with run.display.bar(name) as bar:
                 monitor = StageMonitor(run, bar, {"stage": name, "round": number})
@@ -58,14 +62,18 @@ def run_game_stage(run: Workspace, name: str, stage: GameStage, place: Path, *, 
                     training=training,
                     folder=part / "checkpoints",
                     monitor=monitor,
+                    steering=steering,
+                    look_ahead=objective if stage.solver == "extragradient" else None,
                 )
-            commit(run, part / "adapter", lambda target: run.policy.save_adapter(name, target))
+            commit(run, part / "adapter", partial(save_stage, run, name, steering))
         checkpoint.verify(part / "adapter")
         run.policy.load_weights(name, part / "adapter")
-        numbers = game.measure(objective, rows, collate=collate, batch_size=_MEASURED)
+        if steering is not None:
+            steering.load_state_dict(json.loads((part / "adapter" / STEERING).read_text()))
+    numbers = game.measure(objective, rows, collate=collate, batch_size=_MEASURED)
     if run.main:
         checkpoint.write_text(place / "metrics.json", json.dumps({**footprint.numbers(), **numbers}, indent=1))
-    commit(run, place / "adapter", lambda target: run.policy.save_adapter(name, target))
+    commit(run, place / "adapter", partial(save_stage, run, name, steering))
     told = ", ".join(f"{key} {numbers[key]:.3g}" for key in ("gap", "kl", "value", "ess/policy"))
     run.display.say(f"  on the pool: {told}; {name} took {footprint.seconds:.0f} s")
 
@@ -78,6 +86,7 @@ def payoff_of(stage: GameStage) -> Payoff:
         annotators=Mean() if who is None else build(who.risk.model_dump()),
         shares=(1.0,) if who is None else tuple(who.shares.values()),
         mixture=stage.nash_md,
+        anchor=0.0 if stage.strata is None else stage.strata.anchor,
     )
 
 
@@ -94,6 +103,21 @@ def panel_of(stage: GameStage) -> Panel:
     )
 
 
+def scale_of(part: Strata, payoff: Payoff, rows: Tokens) -> StrataScale:
+    """How risk over strata scales the targets, from the win probabilities before any step."""
+    wins, base = columns_of(rows)
+    zero = torch.zeros_like(base)
+    value_N = (on_pool(base, zero) * payoff(wins, payoff.opponent(base, zero))).sum(-1)
+    strata = game_pool.strata_of(rows, part.column)
+    return StrataScale(build(part.risk.model_dump()), strata, value_N.tolist(), gain=part.gain)
+
+
+def columns_of(rows: Tokens) -> tuple[Tensor, Tensor]:
+    """P (N, A, M, M) and base (N, M) of a pool."""
+    wins, base = (torch.tensor([row["columns"][key] for row in rows], dtype=torch.float64) for key in ("wins", "base"))
+    return wins, base
+
+
 def doubts(stage: GameStage, payoff: Payoff, rows: Tokens) -> list[str]:
     """Signs that a game teaches little, or may not converge."""
     found = []
@@ -101,7 +125,7 @@ def doubts(stage: GameStage, payoff: Payoff, rows: Tokens) -> list[str]:
     if stage.beta < proven:
         told = f"convergence is proven from beta {proven:.3g} on, for any judge; here it is {stage.beta:g}"
         found.append(f"{told}: the gap says whether the game converges")
-    wins, base = (torch.tensor([row["columns"][key] for row in rows], dtype=torch.float64) for key in ("wins", "base"))
+    wins, base = columns_of(rows)
     apart_N = spread(payoff(wins, payoff.opponent(base, torch.zeros_like(base))))
     alike = float((apart_N < SPREAD).double().mean())
     if alike > 0.5:

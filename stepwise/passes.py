@@ -74,3 +74,13 @@ def placed(collate: Collate) -> Collate:
 def idle(places: Tensor) -> bool:
     """Whether a pass counts for nothing."""
     return bool((places < 0).all())
+
+
+def halves(batch: Mapping[str, Tensor], rows: Placed, collate: Collate) -> list[dict[str, Tensor]]:
+    """The rows of a batch as two, made anew; what was added to it row by row goes with its rows."""
+    places = batch["places"].tolist()
+    half, found = len(places) // 2, []
+    for part in (slice(None, half), slice(half, None)):
+        made = placed(collate)([rows[place] for place in places[part]])
+        found.append({**{name: tensor[part] for name, tensor in batch.items() if name not in made}, **made})
+    return found

@@ -42,6 +42,19 @@ class Annotators(Part):
         return self
 
 
+class Strata(Part):
+    """Risk over strata of prompts: it scales the targets of their prompts, against an opponent with an anchor."""
+
+    risk: Risk = Field(description="measure over strata of the win probability, its lower tail; entropic is smooth")
+    column: Text = Field(default="stratum", description="column that says which stratum a prompt is of")
+    anchor: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="how often the opponent is the reference; without it all strata have win rate 1/2"
+    )
+    gain: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.1, description="speed of the weights of the strata, a share of the way per step"
+    )
+
+
 class GameStage(Part):
     """A preference game against oneself: log pi / ref = risk-adjusted win probability / beta at its equilibrium."""
 
@@ -63,6 +76,10 @@ class GameStage(Part):
     )
     annotators: Annotators | None = Field(
         default=None, description="groups that judge differently, and the risk over them; null: all judge alike"
+    )
+    strata: Strata | None = Field(default=None, description="risk over strata of prompts; null: prompts are alike")
+    solver: Literal["mirror_descent", "extragradient"] = Field(
+        default="mirror_descent", description="step against the present policy, or against where a trial step leads"
     )
     nash_md: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0, description="c of Nash-MD, whose opponent is policy^(1-c) reference^c; 0 is the policy itself"

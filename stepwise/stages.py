@@ -27,6 +27,7 @@ from stepwise.risk import Mean, RiskMeasure, build
 from stepwise.sampling import Decoding
 from stepwise.stage_rows import rounds, same_data
 from stepwise.train import Batch, Training, train
+from stepwise.watch import Steering
 from stepwise.workspace import Workspace
 
 _SAMPLED = 256  # responses sampled at once to measure a constraint
@@ -63,7 +64,7 @@ def run_stage(run: Workspace, name: str, stage: SftStage | RsaStage, place: Path
                     monitor=monitor,
                     steering=steering,
                 )
-            commit(run, part / "adapter", lambda target: _save(run, name, steering, target))
+            commit(run, part / "adapter", lambda target: save_stage(run, name, steering, target))
         checkpoint.verify(part / "adapter")
         run.policy.load_weights(name, part / "adapter")
         if steering is not None:
@@ -72,7 +73,7 @@ def run_stage(run: Workspace, name: str, stage: SftStage | RsaStage, place: Path
         last: dict[str, Any] = next((x for x in reversed(run.folder.log.lines()) if x.get("stage") == name), {})
         about = {**footprint.numbers(), **last}
         checkpoint.write_text(place / "metrics.json", json.dumps(about, indent=1))
-    commit(run, place / "adapter", lambda target: _save(run, name, steering, target))
+    commit(run, place / "adapter", lambda target: save_stage(run, name, steering, target))
     run.display.say(f"  {name} took {footprint.seconds:.0f} s")
 
 
@@ -86,7 +87,8 @@ def begin(run: Workspace, name: str, data: Data, place: Path, *, seed: int) -> L
     return loaded
 
 
-def _save(run: Workspace, name: str, steering: Lagrangian | None, folder: Path) -> None:
+def save_stage(run: Workspace, name: str, steering: Steering | None, folder: Path) -> None:
+    """Write an adapter, and the state that what moved with it ended in."""
     run.policy.save_adapter(name, folder)
     if steering is not None:
         (folder / STEERING).write_text(json.dumps(steering.state_dict()))

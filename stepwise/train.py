@@ -25,7 +25,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from stepwise import checkpoint, rng
 from stepwise.errors import ConfigError, DataError, Interrupted, ModelError, NonFiniteError
-from stepwise.passes import Passes, Placed, idle, placed
+from stepwise.look_ahead import LookAhead, restored
+from stepwise.passes import Passes, Placed, halves, idle, placed
 from stepwise.tokens import Tokens
 from stepwise.watch import LogTo, Meter, Monitor, Steer, Steering, StopOnSignal
 
@@ -86,6 +87,7 @@ def train(
     monitor: Monitor,
     steering: Steering | None = None,
     start: Path | None = None,
+    look_ahead: LookAhead | None = None,
 ) -> dict[str, float]:
     """Train the top adapter on `rows`, resuming from the newest good checkpoint in `folder`; return the last logged
     numbers.
@@ -93,6 +95,7 @@ def train(
     `collate` makes a batch from rows, with `items` (1,), the number of tokens or pairs that the loss sums over, among
     its tensors; the other tensors are the arguments of the objective. `steering` moves after every step. `start` is a
     checkpoint of another training on the same parameters: its weights and the moments of its optimiser are begun with.
+    With `look_ahead` every step is preceded by one on the same batch that is taken back.
 
     Raises `NonFiniteError` before an update with a non-finite loss or gradient, `CheckpointError` when only damaged
     checkpoints are left or none can be written, `Interrupted` after SIGTERM or SIGINT once the finished step is saved,
@@ -113,6 +116,7 @@ def train(
         warn=monitor.warn,
         steering=steering,
         start=start,
+        look_ahead=look_ahead,
     )
     if resume is not None and (last := trainer.finished(resume)):
         trainee.load_weights(trainee.names[-1], resume)
@@ -148,10 +152,11 @@ class StepwiseTrainer(Trainer):
         warn: Callable[[str], None],
         steering: Steering | None = None,
         start: Path | None = None,
+        look_ahead: LookAhead | None = None,
     ) -> None:
         self.trainee = trainee
         self.rows, self.collate, self.warn = rows, collate, warn
-        self.start = start
+        self.start, self.look_ahead = start, look_ahead
         self.folder = folder
         self.training = training
         self.meter = Meter()
@@ -196,6 +201,26 @@ class StepwiseTrainer(Trainer):
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return (self._looked_ahead(batches, items) if self.look_ahead and batches else batches), items
+
+    def _looked_ahead(self, batches: list[Batch], items: Tensor | int | None) -> list[Batch]:
+        """The micro-batches of a step, with what a trial step on them shows."""
+        assert self.look_ahead is not None and self.model_wrapped is not None
+        prepared = [self.look_ahead.prepare(self._prepare_inputs(batch)) for batch in batches]
+        metered, model = copy.deepcopy(self.meter.state), self.model_wrapped
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's own skips steps
+        with restored(self._trainable(), optimizer):
+            for batch in prepared:
+                self.training_step(model, batch, items)
+            norm = self._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+            self._get_grad_norm(model, norm)
+            optimizer.step()
+            looked = [self.look_ahead.look_ahead(batch) for batch in prepared]
+        self.meter.state = metered
+        return looked
+
     def _get_num_items_in_batch(self, batch_samples: list[Batch], device: torch.device) -> Tensor:
         self._seen = [batch["rows"] for batch in batch_samples]
         items = torch.stack([batch["items"].sum() for batch in batch_samples]).sum().to(device)
@@ -217,12 +242,9 @@ class StepwiseTrainer(Trainer):
             parameter.grad = gradient
         self.meter.state = metered
         torch.cuda.empty_cache()
-        places, rows = inputs["places"].tolist(), Placed(self.rows)
-        self.warn(
-            f"{len(places)} rows did not fit in memory at once and pass in halves; a smaller micro_batch is faster"
-        )
-        half = len(places) // 2
-        parts = [placed(self.collate)([rows[i] for i in part]) for part in (places[:half], places[half:])]
+        told = f"{len(inputs['places'])} rows did not fit in memory at once and pass in halves"
+        self.warn(f"{told}; a smaller micro_batch is faster")
+        parts = halves(inputs, Placed(self.rows), self.collate)
         losses = [self.training_step(model, part, num_items_in_batch) for part in parts]
         return torch.stack(losses).sum()
 

@@ -44,7 +44,10 @@ def written(folder: Path) -> Path:
     """A recipe with one stage, its model, its prompts and its judge."""
     base, prompts, path = save(llama, folder / "base"), folder / "rows.jsonl", folder / "recipe.yaml"
     (folder / "judge.py").write_text(JUDGE)
-    rows = [{"prompt": words([3 + i, 4 + i, *([9] * (i % 3))]), "stratum": "ab"[i % 2]} for i in range(12)]
+    rows = [
+        {"prompt": words([3 + i, 4 + i, *([9] * (i % 3))]), "stratum": "ab"[i % 2], "group": "uv"[i // 6]}
+        for i in range(12)
+    ]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     tree = {
         "name": "small",

@@ -80,6 +80,7 @@ EVERYTHING: dict[str, Any] = {
             "method": "game",
             "data": {"path": "sandbox:train_prompts", "format": "prompts"},
             "judge": {"target": "bradley_terry", "scorer": "./costs.py:good"},
+            "strata": {"risk": {"measure": "mean"}},
             "annotators": {"shares": {"one": 0.5, "two": 0.5}, "risk": {"measure": "mean"}},
         },
         "asked": {
@@ -375,6 +376,8 @@ NUMBERS: dict[str, tuple[str, str]] = {
     "stages.game.max_new_tokens": (WHOLE, "1"),
     "stages.game.nash_md": (ANY, "0 0.5"),
     "stages.game.rounds": (WHOLE, "1"),
+    "stages.game.strata.anchor": (ANY, "1 0.5"),
+    "stages.game.strata.gain": (ANY, "1 0.5"),
     "stages.game.judge.scale": (ANY, "1 0.5"),
     "stages.priced.iterations": (WHOLE, "1"),
     "stages.priced.batch": (WHOLE, ""),

@@ -41,6 +41,9 @@ class Scale(Protocol):
     def observe(self, prompt_B: Tensor, value_B: Tensor) -> None:
         """The win probability of the policy on these prompts is now `value_B`."""
 
+    def numbers(self) -> dict[str, float]:
+        """What is worth logging."""
+
 
 class Alike:
     """Every prompt counts the same."""
@@ -50,6 +53,9 @@ class Alike:
 
     def observe(self, prompt_B: Tensor, value_B: Tensor) -> None:
         pass
+
+    def numbers(self) -> dict[str, float]:
+        return {}
 
 
 class Game(nn.Module):
@@ -101,7 +107,8 @@ class Game(nn.Module):
             "log_ratio/mean": now_BM,
             "tokens": (labels[:, 1:] != -100).sum(-1).double(),
         }
-        return Outcome(loss_B.sum(), metrics)
+        told = {name: torch.tensor([value], dtype=torch.float64) for name, value in self.scale.numbers().items()}
+        return Outcome(loss_B.sum(), metrics | {name: value.to(loss_B.device) for name, value in told.items()})
 
     def prepare(self, batch: Batch) -> Batch:
         """A batch with what does not change during a step: the log-probabilities of the reference."""
