@@ -9,16 +9,17 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from stepwise import checkpoint, model_card, pipeline
+from stepwise import checkpoint, gguf, model_card, pipeline
 from stepwise.display import Display
 from stepwise.errors import CheckpointError, ConfigError, DataError, ModelError
 from stepwise.fidelity import Fidelity, Trained, compare, listen, rows_of
@@ -31,6 +32,7 @@ from stepwise.run_folder import RunFolder
 from stepwise.strength import chosen_scale
 
 _ROWS = 64  # responses that the policy and the exported model are compared on
+_SHARD = 5_000_000_000  # bytes of a file on its way to the converter
 _SPARE = 64 << 20  # bytes of tokenizer, card and manifest
 
 
@@ -86,14 +88,15 @@ class Adapter:
 @dataclass(frozen=True)
 class Merged:
     """A model without adapters: the base, dequantised, with the stack merged into it, in bf16. Files of at most
-    `shard_bytes`."""
+    `shard_bytes`; the disk must hold `copies` of it."""
 
     shard_bytes: int
+    copies: int = 1
     kind = "merged"
     bound = 1e-4
 
     def bytes(self, policy: Policy) -> int:
-        return 2 * int(policy.model.num_parameters())
+        return 2 * int(policy.model.num_parameters()) * self.copies
 
     def write(self, policy: Policy, folder: Path) -> None:
         tied = policy.model.get_expanded_tied_weights_keys() if policy.model.config.tie_word_embeddings else {}
@@ -145,7 +148,7 @@ def write_shards(weights: Iterator[tuple[str, Tensor]], folder: Path, *, limit: 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how far it is from the policy."""
+    """What was written, a folder or one file, and how far it is from the policy."""
 
     folder: Path
     kind: str
@@ -204,6 +207,30 @@ def export(
 
     checkpoint.commit(output, fill)
     return Exported(output, form.kind, q, bound, measured[0])
+
+
+def export_gguf(run: Path, output: Path, *, strength: float | None, max_kl: float | None, display: Display) -> Exported:
+    """Export a merged model and let llama.cpp's converter make one file of it; the KL is that of the merged model.
+
+    Raises what `export` does, `ConfigError` where the converter is not installed, `ModelError` where it fails.
+    """
+    command = gguf.converter()
+    if output.exists():
+        raise ConfigError("The place of the export is taken", where=output, wanted="a new file")
+    found: list[Exported] = []
+
+    def fill(file: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=output.parent) as place:
+            merged = Merged(_SHARD, copies=2)
+            done = export(run, Path(place) / "merged", merged, strength=strength, max_kl=max_kl, display=display)
+            display.say("converting it")
+            gguf.convert(command, done.folder, file)
+            found.append(replace(done, folder=output, kind="gguf"))
+
+    with checkpoint.writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_file(output, fill)
+    return found[0]
 
 
 def _responses(run: Run) -> tuple[list[str], list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
-from stepwise import export, fidelity, pipeline
+from stepwise import export, fidelity, gguf, hub, pipeline
 from stepwise.cli import app
 from stepwise.display import Display
 from stepwise.errors import CheckpointError, ConfigError, DataError, ModelError
@@ -176,6 +177,76 @@ def test_the_card_says_what_it_is_how_it_fared_and_what_is_certified(
 
 def _is_harm(estimate: dict[str, Any], policy: str) -> bool:
     return (estimate["policy"], estimate["stratum"], estimate["metric"]) == (policy, "all", "cost/harm/mean")
+
+
+# --- what others do --------------------------------------------------------------------------------------------------
+
+CONVERTER = """#!{python}
+import json, pathlib, sys
+folder, _, file, *rest = sys.argv[1:]
+assert rest == ["--outtype", "bf16"]
+names = sorted(path.name for path in pathlib.Path(folder).iterdir())
+pathlib.Path(file).write_text(json.dumps(names))
+if {fails}: sys.exit("a tokenizer that nobody knows")
+"""
+
+
+def converter(folder: Path, *, fails: bool = False) -> Path:
+    folder.mkdir()
+    script = folder / gguf.SCRIPT
+    script.write_text(CONVERTER.format(python=sys.executable, fails=fails))
+    script.chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize("place", ["LLAMA_CPP", "PATH"])
+def test_the_converter_of_llama_cpp_is_given_a_merged_model(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.setenv(place, str(converter(tmp_path / "llama.cpp")))
+    done = stepwise("export", copied, "--gguf", tmp_path / "out" / "a.gguf")
+    assert done.exit_code == 0, done.output
+    assert "GGUF file, of the merged model of strength 0.5" in done.stdout
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(
+        json.loads((tmp_path / "out/a.gguf").read_text())
+    )
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.gguf"]
+
+
+def test_without_the_converter_or_where_it_fails_nothing_is_left(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = stepwise("export", copied, "--gguf", tmp_path / "out" / "a.gguf")
+    assert (done.exit_code, "not installed. Wanted: a folder with convert_hf" in done.output) == (2, True), done.output
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    done = stepwise("export", copied, "--gguf", tmp_path / "out" / "a.gguf")
+    assert (done.exit_code, "converter is not there. Where: LLAMA_CPP" in done.output) == (2, True), done.output
+    monkeypatch.setenv("LLAMA_CPP", str(converter(tmp_path / "llama.cpp", fails=True)))
+    done = stepwise("export", copied, "--gguf", tmp_path / "out" / "a.gguf")
+    assert (done.exit_code, "exit code 1: a tokenizer that nobody knows" in done.output) == (2, True), done.output
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_cannot_be_uploaded_is_refused_before_it_is_exported(
+    copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    for repo, told in (("me/model", "offline mode is enabled"), ("no such name", "no such name")):
+        done = stepwise("export", copied, "--adapter", tmp_path / "out", "--push", repo)
+        assert done.exit_code == 2, done.output
+        assert "The hub cannot be used" in done.output and told in done.output
+        assert "nothing was exported yet" in done.output and "hf auth login" in done.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_upload_that_fails_leaves_the_export(adapter: tuple[Path, dict[str, Any]], monkeypatch: Any) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=f"the export is in {adapter[0]}"):
+        hub.push(adapter[0], "me/model")
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
