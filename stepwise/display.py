@@ -52,6 +52,11 @@ class Display:
         """What was asked for, such as a table."""
         self._results.print(content)
 
+    @property
+    def stdout(self) -> Console:
+        """Where results go, for what is more than printed."""
+        return self._results
+
     @contextmanager
     def bar(self, title: str) -> Iterator[Bar]:
         """A bar for one training."""

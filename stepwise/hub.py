@@ -12,7 +12,7 @@ from stepwise.errors import ConfigError
 def check(repo: str) -> None:
     """Raise `ConfigError` where nothing could be uploaded to `repo`: no name of a repository, no network, no token."""
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     with _telling(repo, kept="nothing was exported yet"):
         validate_repo_id(repo)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -105,7 +105,33 @@ def fingerprint(policy: Policy) -> str:
     return hashlib.sha256(logits.float().cpu().numpy().tobytes()).hexdigest()
 
 
-def _generate(policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[Response]:
+def stream(
+    policy: Policy, prompt: Sequence[int], decoding: Decoding, heard: Callable[[str], None], *, number: int
+) -> tuple[Response, str]:
+    """One response to one prompt, its text given to `heard` piece by piece; the pieces, joined, are returned too.
+
+    As `sample`; `number` is that of the random stream.
+    """
+    from transformers import TextStreamer
+
+    pieces: list[str] = []
+
+    class Pieces(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append(text)
+            heard(text)
+
+    if not prompt:
+        raise DataError("A prompt is empty", wanted="at least one token")
+    pieces_of = Pieces(policy.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with _random_stream(policy.device, decoding.seed, number):
+        (response,) = _generate(policy, [prompt], decoding, streamer=pieces_of)
+    return response, "".join(pieces)
+
+
+def _generate(
+    policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding, *, streamer: Any = None
+) -> list[Response]:
     from transformers import GenerationConfig
 
     width = max(len(p) for p in prompts)
@@ -123,7 +149,7 @@ def _generate(policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decodi
         pad_token_id=policy.pad_id,
     )
     with _evaluating(policy):
-        output = policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        output = policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
     stops = set(policy.stop_ids)
     responses = []
     for row in output[:, width:].tolist():

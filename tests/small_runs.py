@@ -17,7 +17,7 @@ RECIPE = """
 name: small
 model: {{base: "{base}", dtype: bfloat16, template: "w9 {{prompt}} w8 "}}
 lora: {{rank: 4, alpha: 10, targets: [q_proj, v_proj, down_proj]}}
-training: {{learning_rate: 1e-2, batch_size: 4, micro_batch: 4, max_length: 64, max_prompt_length: 32, log_every: 1}}
+training: {{learning_rate: 1e-2, epochs: 3, batch_size: 4, micro_batch: 4, max_length: 64, max_prompt_length: 32}}
 stages:
   helpful: {{method: sft, data: {{path: "{data}/sft.jsonl", format: completion}}}}
   safe:
