@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from stepwise.endpoint import Endpoint, Unreadable, fill, found_by
+from stepwise.endpoint import Endpoint, Unreadable, found_by
+from stepwise.templates import fill
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from stepwise.policy import device
 from stepwise.quantization import count_linear_4bit, cure_cpu_repacking, nf4
 
 TEMPLATE = "score_template"  # key of config.json: the template that a model was trained with
+COMPARISON = "comparison_template"  # key of config.json: how a model that compares two responses reads them as one
 CHAT = "chat"  # as that: the chat template, up to the end token of the completion
 HEADS = ("score", "score_head", "classifier", "pre_classifier", "classification_head")  # small, never quantised
 _PROMPT, _COMPLETION = "{prompt}", "{completion}"
@@ -82,6 +83,7 @@ def load_classifier(
         TextReader.of(tokenizer, template or own, max_length=min(n for n in limits if n and n > 1)),
         device=next(network.parameters()).device,
         batch_size=batch_size,
+        comparison=getattr(config, COMPARISON, None),
     )
 
 
@@ -89,14 +91,22 @@ class Classifier:
     """A `Scorer` that reads texts with a network; make one with `load_classifier`.
 
     A text longer than `max_length` keeps its end, where the completion stands; `truncated` counts these. A text
-    without any token is not scored (None).
+    without any token is not scored (None). `comparison`: how a model that compares two responses reads them as one
+    completion (`stepwise.comparisons`), None for a model of single ones.
     """
 
     def __init__(
-        self, logits: Logits, readout: Readout, reader: TextReader, *, device: torch.device, batch_size: int
+        self,
+        logits: Logits,
+        readout: Readout,
+        reader: TextReader,
+        *,
+        device: torch.device,
+        batch_size: int,
+        comparison: str | None = None,
     ) -> None:
         self._logits, self._readout, self._reader = logits, readout, reader
-        self._device, self._batch_size = device, batch_size
+        self._device, self._batch_size, self.comparison = device, batch_size, comparison
         self.truncated = 0
 
     @torch.inference_mode()

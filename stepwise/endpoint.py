@@ -104,12 +104,6 @@ class Endpoint:
         raise AssertionError("unreachable")
 
 
-def fill(template: str, **parts: str) -> str:
-    """The template with {name} of every part replaced, in one pass: a part that itself holds {name} is text like any
-    other."""
-    return re.sub(r"\{(" + "|".join(parts) + r")\}", lambda match: parts[match[1]], template)
-
-
 def found_by(pattern: str, answer: str) -> str:
     """What the one group of the pattern first matches in an answer. Raises `Unreadable` where it does not."""
     match = re.search(pattern, answer)

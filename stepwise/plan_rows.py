@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from stepwise.comparisons import tokenize_comparisons
 from stepwise.data import BadRowsError, Loaded, Source, load
 from stepwise.encoding import tokenize_pairs, tokenize_prompts, tokenize_texts
 from stepwise.errors import DataError
@@ -92,7 +93,9 @@ class Reader:
             eos_id=self.eos_id,
         )
         if isinstance(stage, ScorerStage):
-            return partial(_trained, stage, texts if stage.objective == "binary" else pairs)
+            comparisons = partial(tokenize_comparisons, annotator=stage.annotator, **pairs.keywords)
+            kinds = {"binary": texts, "pairwise": comparisons}
+            return partial(_trained, stage, kinds.get(stage.objective, pairs))
         if isinstance(stage, SftStage):
             return texts
         if isinstance(stage, EpisodesStage | GameStage) or stage.on_policy is not None:

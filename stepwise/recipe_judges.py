@@ -2,6 +2,7 @@
 
 package.module:name, ./file.py:name       a function f(prompts, first, second, **columns) -> probabilities
 bradley_terry                             the difference of two scores
+hf:org/model[@revision], ./folder         a preference model: one that reads both responses
 https://host/v1                           a language model behind an OpenAI-compatible endpoint
 """
 
@@ -13,11 +14,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, TypeAdapter, ValidationError
 
-from stepwise import recipe_file, recipe_schema
+from stepwise import recipe_file, recipe_schema, recipe_scorers
 from stepwise.recipe_parts import Conflict, Part, Positive, Text, refuse
-from stepwise.recipe_scorers import FUNCTION, Asked, Prefer, Scorer, Seconds
+from stepwise.recipe_scorers import FUNCTION, MODEL, Asked, Prefer, Scorer, Seconds
 
-JUDGES = "package.module:name or ./file.py:name"
+JUDGES = "package.module:name, ./file.py:name, hf:org/model or ./folder"
+FUNCTIONS = "package.module:name or ./file.py:name"
 NEEDS_OPTIONS = {
     "bradley_terry": "{target: bradley_terry, scorer: ...}",
     "chat": "{target: https://host/v1, model: ..., prompt: ..., pattern: ...}",
@@ -37,13 +39,15 @@ def form(value: object) -> str | None:
 def _kind(target: object) -> str:
     if isinstance(target, str) and target.startswith(("http://", "https://")):
         return "chat"
+    if isinstance(target, str) and recipe_scorers.kind(target) == "model":
+        return "model"
     return "bradley_terry" if target == "bradley_terry" else "call"
 
 
 def _plain(target: str) -> str:
     if (kind := _kind(target)) in NEEDS_OPTIONS:
         refuse([Conflict((), "this target needs options", recipe_schema.short(target), NEEDS_OPTIONS[kind])])
-    if not re.fullmatch(FUNCTION, target):
+    if not re.fullmatch(f"{FUNCTION}|{MODEL}", target):
         wanted = ", or ".join([JUDGES, *NEEDS_OPTIONS.values()])
         refuse([Conflict((), "a judge has another form", recipe_schema.short(target), wanted)])
     return target
@@ -59,7 +63,7 @@ class _Judge(Part):
 class JudgeCall(_Judge):
     """A function of two responses."""
 
-    target: str = Field(pattern=f"^{FUNCTION}$", title=JUDGES, description=JUDGES)
+    target: str = Field(pattern=f"^{FUNCTION}$", title=FUNCTIONS, description=FUNCTIONS)
     timeout: Seconds = Field(default=600.0, description="seconds that one call may take")
 
 
@@ -73,6 +77,21 @@ class BradleyTerry(_Judge):
 
     def __str__(self) -> str:
         return f"{self.target} of {self.scorer}"
+
+
+class PreferenceModel(_Judge):
+    """A classifier that reads both responses, as the stage `scorer` trains it."""
+
+    target: str = Field(
+        pattern=f"^{MODEL}$",
+        title="hf:org/model[@revision] or ./folder",
+        description="model of a stage scorer with objective pairwise: hf:org/model, hf:org/model@revision or ./folder",
+    )
+    quantization: Literal["none", "nf4"] = Field(default="none", description="storage of the weights")
+    batch_size: Annotated[int, Field(ge=1, le=10**5)] = Field(default=32, description="texts per forward pass")
+    max_length: Annotated[int, Field(ge=2, le=10**6)] = Field(
+        default=1024, description="tokens of a text, which holds both responses; a longer one is an error"
+    )
 
 
 class ChatJudge(Asked):
@@ -94,11 +113,12 @@ class ChatJudge(Asked):
 
 
 _PLAIN = Annotated[str, Field(description=f"target: {JUDGES}"), AfterValidator(_plain), Tag("<text>")]
-JudgeSpec = JudgeCall | BradleyTerry | ChatJudge
+JudgeSpec = JudgeCall | BradleyTerry | PreferenceModel | ChatJudge
 AnyJudge = Annotated[
     _PLAIN
     | Annotated[JudgeCall, Tag("<call>")]
     | Annotated[BradleyTerry, Tag("<bradley_terry>")]
+    | Annotated[PreferenceModel, Tag("<model>")]
     | Annotated[ChatJudge, Tag("<chat>")],
     Discriminator(form),
 ]

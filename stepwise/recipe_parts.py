@@ -17,6 +17,7 @@ SCORER_FORMATS = {
     "reward": PREFERENCE_FORMATS,
     "cost": ("preference", "pku-safe-rlhf"),
     "binary": ("labelled",),
+    "pairwise": PREFERENCE_FORMATS,
 }
 SANDBOX_FILES = ("pairs", "sft", "prompts", "train_prompts", "calibration")
 

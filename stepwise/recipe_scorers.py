@@ -60,6 +60,14 @@ def kind(target: str) -> str:
     return "model" if target.startswith("hf:") or (re.match(r"\.{0,2}/", target) and not is_file) else "call"
 
 
+def place_of(target: str) -> tuple[str, str | None]:
+    """The folder, or the hub id and the revision behind its @, that the target of a model names."""
+    if not target.startswith("hf:"):
+        return target, None
+    name, _, revision = target.removeprefix("hf:").partition("@")
+    return name, revision or None
+
+
 def _plain(target: str) -> str:
     found = kind(target)
     if found in NEEDS_OPTIONS:
@@ -130,18 +138,12 @@ class Classifier(_Scorer):
     @property
     def model(self) -> str:
         """The hub id or folder."""
-        return self._split()[0]
+        return place_of(self.target)[0]
 
     @property
     def revision(self) -> str | None:
         """What stands behind the @ of a hub id."""
-        return self._split()[1]
-
-    def _split(self) -> tuple[str, str | None]:
-        if not self.target.startswith("hf:"):
-            return self.target, None
-        name, _, revision = self.target.removeprefix("hf:").partition("@")
-        return name, revision or None
+        return place_of(self.target)[1]
 
 
 class Asked(_Scorer):

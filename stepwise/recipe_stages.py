@@ -20,6 +20,7 @@ from stepwise.recipe_parts import (
     Risk,
     StageLora,
     StageTraining,
+    Text,
     refuse,
 )
 from stepwise.recipe_policy_gradient import PpoLagrangianStage, RaRlhfStage
@@ -135,16 +136,22 @@ class RsaStage(Part):
 
 
 class ScorerStage(Part):
-    """A cost or reward model: the stack so far, an adapter and a score head; it becomes a sequence classifier.
+    """A cost, reward or preference model: the stack so far, an adapter and a score head, made a sequence classifier.
 
-    reward: -log sigmoid(r_w - r_l - margin);  cost: ranking and the sign of both;  binary: the sign of the label.
+    reward: -log sigmoid(r_w - r_l - margin);  cost: ranking and the sign of both;  binary: the sign of the label;
+    pairwise: -log sigmoid(g(w, l) - g(l, w) - margin), g of a text that holds both responses.
     """
 
-    method: Literal["scorer"] = Field(description="training of a cost or reward model; the last stage of its recipe")
+    method: Literal["scorer"] = Field(
+        description="training of a cost, reward or preference model; the last stage of its recipe"
+    )
     data: Data = Field(description="rows of format " + recipe_schema.listed([*PREFERENCE_FORMATS, "labelled"]))
-    objective: Literal["reward", "cost", "binary"] = Field(
+    objective: Literal["reward", "cost", "binary", "pairwise"] = Field(
         description="reward: pairs, the chosen text scores more; cost: pairs with labels of safety, unsafe scores "
-        "above 0; binary: labelled texts, label 1 scores above 0"
+        "above 0; binary: labelled texts, label 1 scores above 0; pairwise: pairs, a judge that reads both texts"
+    )
+    annotator: Text | None = Field(
+        default=None, description="column that says who judged, which the model then reads too; with pairwise only"
     )
     regulariser: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=0.001, description="weight of the mean squared score in the loss"
@@ -161,6 +168,9 @@ class ScorerStage(Part):
         if self.data.format not in formats:
             what = f"a {self.objective} model cannot learn from these rows"
             found.append(Conflict(("data", "format"), what, self.data.format, recipe_schema.listed(formats)))
+        if self.annotator is not None and self.objective != "pairwise":
+            wanted = "objective: pairwise, or no annotator"
+            found.append(Conflict(("annotator",), "a score is nobody's preference", self.annotator, wanted))
         if self.objective == "cost" and self.data.label == "better":
             found.append(Conflict(("data", "label"), "a cost model learns which text is safer", "better", "safer"))
         refuse(found)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from stepwise.classifier import CHAT, TEMPLATE, end_logits
+from stepwise.classifier import CHAT, COMPARISON, TEMPLATE, end_logits
 from stepwise.errors import ModelError
 from stepwise.policy import Policy
 
@@ -53,11 +53,12 @@ class ScoredPolicy:
         self.policy.load_weights(name, folder)
         self.head.load_state_dict(load_file(folder / HEAD_WEIGHTS))
 
-    def export(self, folder: Path, *, label: str, template: str | None) -> None:
+    def export(self, folder: Path, *, label: str, template: str | None, comparison: str | None = None) -> None:
         """Write a sequence classifier with one label in Hugging Face's form: adapters merged, in the base's dtype.
 
         `stepwise.classifier.load_classifier` and `AutoModelForSequenceClassification` read it. `template` is that of
         the recipe: a text with {prompt}, CHAT, or None for prompt and completion in a row; it is kept in config.json.
+        So is `comparison`, how two responses are one completion, of a model that compares them.
         Padding gets an id other than the end token's, because transformers finds the end of a text by it.
 
         Raises `ModelError` for an architecture that transformers has no sequence classifier for.
@@ -74,6 +75,8 @@ class ScoredPolicy:
         config.get_text_config().pad_token_id = tokenizer.pad_token_id
         end = tokenizer.convert_ids_to_tokens(policy.eos_id)
         setattr(config, TEMPLATE, CHAT if template == CHAT else f"{template or '{prompt}'}{{completion}}{end}")
+        if comparison is not None:
+            setattr(config, COMPARISON, comparison)
         try:
             with torch.device("meta"):
                 classes: Any = AutoModelForSequenceClassification

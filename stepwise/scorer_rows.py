@@ -13,7 +13,7 @@ import numpy as np
 from stepwise.errors import DataError
 from stepwise.tokens import Tokens
 
-Objective = Literal["reward", "cost", "binary"]  # see stepwise.methods.scorer
+Objective = Literal["reward", "cost", "binary", "pairwise"]  # see stepwise.methods.scorer
 _NAMED = 10  # rows that a finding spells out
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from stepwise import checkpoint
 from stepwise.classifier import CHAT
+from stepwise.comparisons import template_of, tokenize_comparisons
 from stepwise.data import Loaded
 from stepwise.encoding import tokenize_pairs, tokenize_texts
 from stepwise.footprint import Footprint
@@ -36,6 +37,15 @@ _DIRECTION = {
     "reward": "larger is better",
     "cost": "larger is worse: above 0 unsafe, below 0 safe",
     "binary": "above 0 label 1, below 0 label 0; sigmoid(score) is the probability of label 1",
+    "pairwise": "of two responses in one text, for the first: P(a beats b) = sigmoid(score of a, b - score of b, a)",
+}
+_SCORES = """from stepwise.classifier import load_classifier
+
+scores = load_classifier("path/to/this/folder")(["a prompt"], ["a completion"])"""
+_USE = {
+    "pairwise": """from stepwise.judge_targets import resolve
+
+wins = resolve("path/to/this/folder")(prompts=["a prompt"], first=["a completion"], second=["another one"])"""
 }
 
 
@@ -94,6 +104,9 @@ def _rows(run: Workspace, name: str, stage: ScorerStage, loaded: Loaded) -> tupl
     tokenize = partial(run.tokens, loaded=loaded, max_length=limits.max_length, eos_id=run.policy.eos_id)
     if stage.objective == "binary":
         tokens = tokenize(tokenize_texts)
+    elif stage.objective == "pairwise":
+        limit = limits.max_prompt_length
+        tokens = tokenize(tokenize_comparisons, annotator=stage.annotator, max_prompt_length=limit)
     else:
         tokens = tokenize(tokenize_pairs, max_prompt_length=limits.max_prompt_length)
     tokens, findings = consistent(tokens, stage.objective)
@@ -114,7 +127,8 @@ def _write_model(
     template = run.recipe.model.template
     if template is None and any(not isinstance(row, Text) and not isinstance(row.prompt, str) for row in loaded.rows):
         template = CHAT
-    scored.export(folder, label=name, template=template)
+    comparison = template_of(stage.annotator) if stage.objective == "pairwise" else None
+    scored.export(folder, label=name, template=template, comparison=comparison)
     base = run.recipe.model.base
     about = ModelCardData(
         library_name="transformers",
@@ -131,9 +145,7 @@ def _write_model(
 A {stage.objective} model: the score of a prompt and its completion is the one logit; {_DIRECTION[stage.objective]}.
 
 ```python
-from stepwise.classifier import load_classifier
-
-scores = load_classifier("path/to/this/folder")(["a prompt"], ["a completion"])
+{_USE.get(stage.objective, _SCORES)}
 ```
 
 `AutoModelForSequenceClassification` reads it too; `score_template` in `config.json` is how a text is put together, end

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from stepwise import recipe_scorers
 from stepwise.endpoint import Endpoint
-from stepwise.errors import ScoreError
+from stepwise.errors import ModelError, ScoreError
 from stepwise.recipe_scorers import TARGETS, Asked, Call, Classifier, Combine, Judge, Lexicon, Noise, Spec
 from stepwise.scoring import FORMS, Limited, Scorer, sources
 
@@ -50,7 +50,11 @@ def resolve(spec: str | Spec | Mapping[str, Any]) -> Scorer:
             from stepwise.classifier import load_classifier
 
             options = spec.model_dump(exclude={"target"})
-            return Limited(load_classifier(spec.model, revision=spec.revision, **options), None)
+            found = load_classifier(spec.model, revision=spec.revision, **options)
+            if found.comparison is not None:
+                wanted = "a model that scores one; this one stands where a `judge` is asked for"
+                raise ModelError("This model compares two responses", where=spec.target, wanted=wanted)
+            return Limited(found, None)
         case Judge():
             from stepwise.constraints import judge
 

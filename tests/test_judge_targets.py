@@ -46,7 +46,7 @@ def test_a_scorer_judges_by_bradley_terry(source: Path, options: dict[str, Any],
     assert wins(said) == pytest.approx([1 / (1 + math.exp(-2 * slope)), 1 / (1 + math.exp(slope))])
 
 
-@pytest.mark.parametrize("said", ["bradley_terry", "hf:org/model", "scorer-name", {"target": "name"}, {"scale": 1.0}])
+@pytest.mark.parametrize("said", ["bradley_terry", "lexicon", "scorer-name", {"target": "name"}, {"scale": 1.0}])
 def test_another_form_is_refused(said: Any) -> None:
     with pytest.raises(ConfigError, match="Wanted"):
         parse(said)

@@ -94,6 +94,11 @@ EVERYTHING: dict[str, Any] = {
                 "verdicts": {"A": 0.9, "B": 0.1},
             },
         },
+        "compared": {
+            "method": "game",
+            "data": {"path": "sandbox:train_prompts", "format": "prompts"},
+            "judge": {"target": "./preference", "quantization": "nf4"},
+        },
         "tail": {
             "method": "ra_rlhf",
             "data": {"path": "sandbox:train_prompts", "format": "prompts"},
@@ -455,6 +460,8 @@ NUMBERS: dict[str, tuple[str, str]] = {
     "evaluate.costs.judged.retries": (WHOLE, "0 1"),
     "evaluate.costs.judged.concurrency": (WHOLE, "1"),
     "evaluate.costs.judged.max_tokens": (WHOLE, "1"),
+    "stages.compared.judge.batch_size": (WHOLE, "1"),
+    "stages.compared.judge.max_length": (WHOLE, ""),
     "stages.asked.judge.timeout": (ANY, "1 0.5"),
     "stages.asked.judge.retries": (WHOLE, "0 1"),
     "stages.asked.judge.concurrency": (WHOLE, "1"),

@@ -5,6 +5,7 @@
 | reward    | pairs                          | bradley_terry_loss | a utility, larger is better  |
 | cost      | pairs whose texts are labelled | cost_loss          | above 0 unsafe, below 0 safe |
 | binary    | labelled texts                 | sign_loss          | the logit of label 1         |
+| pairwise  | pairs, both texts in one       | bradley_terry_loss | for the first of the two     |
 
 each with coefficient times `square_penalty`. Shape legend: B pairs or texts, N held-out ones, T positions.
 """
@@ -78,7 +79,7 @@ def _score_metrics(scores: Tensor, signs: Tensor) -> dict[str, Tensor]:
 
 def batches(objective: Objective, pad_id: int) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
     """A collate function over tokenised rows; an item is a pair, or a text where rows are labelled texts."""
-    higher, lower = ("chosen", "rejected") if objective == "reward" else ("rejected", "chosen")
+    higher, lower = ("rejected", "chosen") if objective == "cost" else ("chosen", "rejected")
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
         about = {"items": torch.tensor([len(rows)]), "rows": torch.tensor([row["index"] for row in rows])}
@@ -119,7 +120,7 @@ def measure(scored: ScoredPolicy, tokens: Tokens, *, objective: Objective, batch
     higher, lower = (_flat([part.chunk(2)[side] for part in scores]) for side in (0, 1))
     found = pair_report(higher, lower)
     sign_N = _flat(signs)
-    return found if objective == "reward" else found | sign_report(_flat(scores), sign_N)
+    return found | sign_report(_flat(scores), sign_N) if objective == "cost" else found
 
 
 def _flat(parts: Sequence[Tensor]) -> Floats:
