@@ -12,10 +12,9 @@ from stepwise.encoding import CHAT, tokenize_prompts
 from stepwise.errors import ConfigError, ScoreError
 from stepwise.formats import Messages, Prompt
 from stepwise.policy import Policy
-from stepwise.run_folder import RunFolder
+from stepwise.run_folder import RunFolder, chosen_scale
 from stepwise.sampling import Decoding, context, stream
 from stepwise.scoring import Scorer, score
-from stepwise.strength import chosen_scale
 from stepwise.targets import resolve
 
 MARK = "{prompt}"

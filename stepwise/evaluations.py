@@ -24,9 +24,8 @@ from stepwise.errors import CheckpointError, ConfigError
 from stepwise.evaluation import Estimate
 from stepwise.measure import Subject, anchor_of, measure
 from stepwise.recipe import Evaluate, Recipe, read_evaluate
-from stepwise.run_folder import RunFolder
+from stepwise.run_folder import RunFolder, chosen_scale
 from stepwise.sampling import context, fingerprint
-from stepwise.strength import chosen_scale
 from stepwise.targets import check
 from stepwise.targets import fingerprint as scorer_fingerprint
 from stepwise.workspace import as_prompts, source

@@ -28,11 +28,10 @@ from stepwise.policy import Policy, device
 from stepwise.quantization import compute_in_float32, cure_cpu_repacking, nf4
 from stepwise.recipe_parts import Model
 from stepwise.report.record import Run, read_runs
-from stepwise.run_folder import RunFolder
-from stepwise.strength import chosen_scale
+from stepwise.run_folder import RunFolder, chosen_scale
 
 _ROWS = 64  # responses that the policy and the exported model are compared on
-_SHARD = 5_000_000_000  # bytes of a file on its way to the converter
+SHARD = 5_000_000_000  # bytes of a file, where nobody asks
 _SPARE = 64 << 20  # bytes of tokenizer, card and manifest
 
 
@@ -107,13 +106,21 @@ class Merged:
             del config.quantization_config
         config.dtype, config.architectures = torch.bfloat16, [type(policy.model).__name__]
         config.save_pretrained(folder)
-        policy.model.generation_config.save_pretrained(folder)
+        _sampling_of(policy).save_pretrained(folder)
 
     def load(self, folder: Path) -> Any:
         from transformers import AutoModelForCausalLM
 
         where: Any = "auto" if torch.cuda.is_available() else {"": "cpu"}  # what a GPU cannot hold stays outside
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map=where)
+
+
+def _sampling_of(policy: Policy) -> Any:
+    """The policy itself is sampled from, as it was measured and certified; whatever else the base advises."""
+    from transformers import GenerationConfig
+
+    ids = {"eos_token_id": policy.stop_ids or None, "pad_token_id": policy.pad_id}
+    return GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, **ids)  # type: ignore[no-untyped-call]
 
 
 def write_shards(weights: Iterator[tuple[str, Tensor]], folder: Path, *, limit: int) -> None:
@@ -221,7 +228,7 @@ def export_gguf(run: Path, output: Path, *, strength: float | None, max_kl: floa
 
     def fill(file: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=output.parent) as place:
-            merged = Merged(_SHARD, copies=2)
+            merged = Merged(SHARD, copies=2)
             done = export(run, Path(place) / "merged", merged, strength=strength, max_kl=max_kl, display=display)
             display.say("converting it")
             gguf.convert(command, done.folder, file)

@@ -27,10 +27,10 @@ from stepwise.policy import Policy
 from stepwise.recipe import SELECTED, Evaluate, Recipe
 from stepwise.recipe_schema import one_of
 from stepwise.rollout import Measures, rollout
+from stepwise.run_folder import chosen_scale
 from stepwise.samples import ALL, Samples
 from stepwise.sampling import Decoding, Prompts, fingerprint
 from stepwise.scoring import Scorer, score
-from stepwise.strength import chosen_scale
 from stepwise.targets import fingerprint as scorer_fingerprint
 from stepwise.targets import resolve
 from stepwise.workspace import Workspace

@@ -25,11 +25,11 @@ from stepwise.policy import Policy
 from stepwise.policy_gradient_stage import run_policy_gradient_stage
 from stepwise.recipe import EpisodesStage, GameStage, Recipe, RsaStage, ScorerStage
 from stepwise.recipe_scorers import Spec
-from stepwise.run_folder import CERTIFICATE, RunFolder
+from stepwise.run_folder import CERTIFICATE, RunFolder, chosen_scale
 from stepwise.sampling import Decoding, context
 from stepwise.scorer_stage import run_scorer_stage
 from stepwise.stages import run_stage
-from stepwise.strength import check_prompts, chosen_scale, select_strength
+from stepwise.strength import check_prompts, select_strength
 from stepwise.targets import check, fingerprint, resolve
 from stepwise.workspace import Workspace, as_prompts
 

@@ -6,6 +6,7 @@ runs/<name>/
   stages/01-sft/{data.json, round-1/{pairs/, costs/, checkpoints/, adapter/}, adapter/, metrics.json}
   samples/<policy>.parquet  metrics.json  winrates.json  report.html
   evaluations/<name>/{about.json, samples/<policy>.parquet, metrics.json}   on prompts given later
+  exports/merged-q<strength>/                       models that were served
   outcome.json  warnings.jsonl                      how the last process ended; what it warned of
 """
 
@@ -119,6 +120,20 @@ class RunFolder:
                 write(_state(error), error)
             raise
         write("finished")
+
+
+def chosen_scale(folder: RunFolder) -> float | None:
+    """The certified scale of a finished run's last adapter; None where nothing was selected or nothing passed."""
+    path = folder.path / CERTIFICATE
+    if not path.is_file():
+        return None
+    try:
+        found: float | None = json.loads(path.read_text())["q"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            "The certificate of the run is damaged", where=path, wanted="the file that `stepwise run` wrote"
+        ) from error
+    return found
 
 
 def _processor() -> str:

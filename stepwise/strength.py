@@ -16,13 +16,13 @@ from stepwise import checkpoint
 from stepwise.constraints.certificate import prompts_needed, upper_bound
 from stepwise.constraints.selection import Check, Selection, Step, select
 from stepwise.data import Loaded
-from stepwise.errors import CheckpointError, ConfigError
+from stepwise.errors import ConfigError
 from stepwise.formats import Pair, Prompt
 from stepwise.ledger import Ledger
 from stepwise.recipe import Constraint
 from stepwise.recipe_scorers import Spec
 from stepwise.risk import build
-from stepwise.run_folder import CERTIFICATE, RunFolder
+from stepwise.run_folder import CERTIFICATE
 from stepwise.sampling import Decoding, Prompts, answer
 from stepwise.scoring import Scorer, every, score
 from stepwise.strength_report import plot, record
@@ -100,20 +100,6 @@ def _check(name: str, constraint: Constraint, costs: list[float], confidence: fl
     cost_range = None if constraint.range is None else (constraint.range[0], constraint.range[1])
     bound = upper_bound(costs, build(constraint.risk.model_dump()), confidence=confidence, cost_range=cost_range)
     return Check(name, bound, constraint.limit)
-
-
-def chosen_scale(folder: RunFolder) -> float | None:
-    """The certified scale of a finished run's last adapter; None where nothing was selected or nothing passed."""
-    path = folder.path / CERTIFICATE
-    if not path.is_file():
-        return None
-    try:
-        found: float | None = json.loads(path.read_text())["q"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            "The certificate of the run is damaged", where=path, wanted="the file that `stepwise run` wrote"
-        ) from error
-    return found
 
 
 def _at(

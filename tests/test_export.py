@@ -112,7 +112,9 @@ def test_the_merged_model_is_the_policy_but_for_its_rounding_to_bf16(copied: Pat
     kl = fidelity.kl(expected[0], found[0])
     assert float(kl.mean()) < 1e-4
     assert "the merged model of strength 1" in shown and "bound 0.0001" in shown
-    assert model.generation_config.eos_token_id == small_models.EOS
+    told = model.generation_config
+    assert told.eos_token_id == [small_models.EOS] and told.pad_token_id == small_models.PAD
+    assert (told.do_sample, told.temperature, told.top_k, told.top_p) == (True, 1.0, 0, 1.0)  # as it was measured
 
 
 def test_kl_is_that_of_its_definition() -> None:

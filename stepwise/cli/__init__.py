@@ -13,10 +13,22 @@ from __future__ import annotations
 
 import logging
 
-from stepwise.cli import chats, evaluation, exports, judges, recipes, reports, runs, scorers
+from stepwise.cli import chats, evaluation, exports, judges, recipes, reports, runs, scorers, servers
 from stepwise.cli.app import app, call
 
-__all__ = ["app", "chats", "evaluation", "exports", "judges", "main", "recipes", "reports", "runs", "scorers"]
+__all__ = [
+    "app",
+    "chats",
+    "evaluation",
+    "exports",
+    "judges",
+    "main",
+    "recipes",
+    "reports",
+    "runs",
+    "scorers",
+    "servers",
+]
 
 
 def main() -> None:

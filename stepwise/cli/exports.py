@@ -19,6 +19,11 @@ StrengthOption = Annotated[
     typer.Option(min=0.0, max=1.0, help="Of the last stage's adapter; the certified one if absent, else 1."),
 ]
 
+MaxKlOption = Annotated[
+    float | None,
+    typer.Option(min=0.0, help="Largest KL to the policy, nats per token; absent: 1e-6 (adapter), 1e-4 (merged)."),
+]
+
 
 @app.command()
 def export(
@@ -29,10 +34,7 @@ def export(
         Path | None, typer.Option(help="New file: the merged model, converted by llama.cpp where it is installed.")
     ] = None,
     strength: StrengthOption = None,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(min=0.0, help="Largest KL to the policy, nats per token; absent: 1e-6 (adapter), 1e-4 (merged)."),
-    ] = None,
+    max_kl: MaxKlOption = None,
     shard_size: Annotated[float, typer.Option(min=0.001, help="With --merged: GB of a file, at most.")] = 5.0,
     push: Annotated[
         str | None, typer.Option(metavar="USER/NAME", help="Upload the folder to the hub; a new repository is private.")
