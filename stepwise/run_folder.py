@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -134,6 +134,14 @@ def chosen_scale(folder: RunFolder) -> float | None:
             "The certificate of the run is damaged", where=path, wanted="the file that `stepwise run` wrote"
         ) from error
     return found
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """The names of the folders, with as many of their parents as tell them apart."""
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
 
 
 def _processor() -> str:

@@ -3,7 +3,7 @@
 `winrates.json`
   policies   [name, ...]
   rates      [[win rate of the policy of the row against that of the column, null for itself], ...]
-  estimates  [{policy, opponent, stratum, metric, value, low, high, prompts}], `stepwise.winrates.Rate`
+  estimates  [{policy, opponent, stratum, metric, value, low, high, prompts, baseline}], `stepwise.winrates.Rate`
   levels     kl and length of every policy, from metrics.json
   judge      {by, sha256, pairs, asymmetry, decisive}: pairs judged in both orders, 0 where stored scores judge
   settings   {tail, bootstrap, confidence, seed, strata, replies, prompts}
@@ -57,30 +57,35 @@ class Request:
     tail: float | None = None
 
 
-def judge_policies(folder: Path, asked: Request, *, display: Display | None = None) -> dict[str, Any]:
-    """Judge all pairs of replies to the same prompts, write and return `winrates.json` of the folder of a run or of an
-    evaluation. What was judged before a death is not judged again.
+def judge_policies(
+    folders: Sequence[Path], asked: Request, *, output: Path | None = None, display: Display | None = None
+) -> dict[str, Any]:
+    """Judge all pairs of replies to the same prompts, write and return `winrates.json`: in the folder of a run or of an
+    evaluation, in `output` for several. What was judged before a death is not judged again.
 
     Raises `ConfigError` and `DataError` as `replies.read`, `replies.choose` and `winrates.win_rates` do, `ScoreError`
     as `judge_pairs`.
     """
     display = display or Display()
-    every = read(folder, asked.policies)
-    found = choose(every, strata=asked.strata, replies=asked.replies)
-    recipe = _recipe(folder)
-    options = _options(folder, asked, recipe)
+    if output is None and len(folders) != 1:
+        got = ", ".join(map(str, folders))
+        raise ConfigError("The win rates of several folders belong to none of them", got=got, wanted="--output FOLDER")
+    target = (output or folders[0]) / WINRATES
+    found = choose(read(folders, asked.policies), strata=asked.strata, replies=asked.replies)
+    recipes = [_recipe(folder) for folder in folders]
+    options = _options(folders[0], asked, recipes[0])
     stored = isinstance(asked.by, str) and asked.by.startswith(SCORED)
     about = {"judge": "" if stored else judge_targets.fingerprint(asked.by)}
-    with checkpoint.exclusive(folder):
-        ledger = Ledger.beside(folder / WINRATES, about)
+    with checkpoint.exclusive(target.parent):
+        ledger = Ledger.beside(target, about)
         wins, judge = _judged(found, asked.by, ledger, display)
         estimates = win_rates(wins, found[0].strata, options)
-        warnings = [*trained_by(recipe, asked.by), *_doubts(judge, found)]
-        result = {
+        trained = [text for recipe in recipes for text in trained_by(recipe, asked.by)]
+        result: dict[str, Any] = {
             "policies": [one.policy for one in found],
             "rates": _matrix([one.policy for one in found], estimates),
             "estimates": [asdict(estimate) for estimate in estimates],
-            "levels": _levels(folder, [one.policy for one in found]),
+            "levels": [row for one in found for row in one.levels],
             "judge": {"by": str(asked.by), "sha256": about["judge"], **judge},
             "settings": {
                 **asdict(options),
@@ -88,11 +93,11 @@ def judge_policies(folder: Path, asked: Request, *, display: Display | None = No
                 "replies": len(found[0].texts_PM[0]),
                 "prompts": len(found[0].prompts),
             },
-            "warnings": warnings,
+            "warnings": [*dict.fromkeys(trained), *_doubts(judge, found)],
         }
-        checkpoint.write_text(folder / WINRATES, json.dumps(result, indent=1, allow_nan=False))
+        checkpoint.write_text(target, json.dumps(result, indent=1, allow_nan=False))
         ledger.remove()
-    for text in warnings:
+    for text in result["warnings"]:
         display.warn(text)
     return result
 
@@ -176,7 +181,8 @@ def _questions(
 
 
 def _matrix(names: Sequence[str], estimates: Sequence[Rate]) -> list[list[float | None]]:
-    rates = {(e.policy, e.opponent): e.value for e in estimates if (e.metric, e.stratum) == (WIN_RATE, ALL)}
+    levels = [e for e in estimates if e.baseline is None]
+    rates = {(e.policy, e.opponent): e.value for e in levels if (e.metric, e.stratum) == (WIN_RATE, ALL)}
     return [[rates.get((a, b)) for b in names] for a in names]
 
 
@@ -199,12 +205,6 @@ def _recipe(folder: Path) -> Recipe | None:
         if (place / "recipe.yaml").is_file():
             return load(str(place / "recipe.yaml"))
     return None
-
-
-def _levels(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    rows = json.loads((folder / "metrics.json").read_text())
-    kept = [r for r in rows if r["kind"] == "level" and r["metric"] in ("kl", "length") and r["stratum"] == ALL]
-    return [row for row in kept if row["policy"] in names]
 
 
 def _doubts(judge: _Judge, found: Sequence[Replies]) -> Iterator[str]:

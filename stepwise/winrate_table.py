@@ -17,7 +17,9 @@ def render(found: Mapping[str, Any]) -> Group:
     """Who beats whom; then the risks, and behind each in brackets that of the policy against itself."""
     from rich.console import Group
 
-    return Group(*(table for table in (_matrix(found), _strata(found), _risks(found)) if table.row_count))
+    levels = {**found, "estimates": [e for e in found["estimates"] if e["baseline"] is None]}
+    tables = (_matrix(levels), _strata(levels), _risks(levels), _differences(found))
+    return Group(*(table for table in tables if table.row_count))
 
 
 def _matrix(found: Mapping[str, Any]) -> Table:
@@ -43,21 +45,36 @@ def _strata(found: Mapping[str, Any]) -> Table:
 
 
 def _risks(found: Mapping[str, Any]) -> Table:
-    settings = found["settings"]
     by = {(e["policy"], e["opponent"], e["metric"]): e for e in found["estimates"] if e["metric"] != WIN_RATE}
-    share = f"{settings['tail']:g} of"
-    heads = {
-        WORST: "worst stratum",
-        CVAR: f"worst {share} prompts",
-        CVAR + PLUG_IN: "chosen and measured alike",
-        OPPONENTS: f"against the worst {share} replies",
-    }
+    heads = _heads(found)
     shown = {metric: head for metric, head in heads.items() if any(key[2] == metric for key in by)}
     table = _table("risks, and in brackets those of the policy against itself", "policy", "against", *shown.values())
     for policy, opponent in dict.fromkeys(key[:2] for key in by if key[0] != key[1]):
         cells = [_risk(by.get((policy, opponent, m)), by.get((policy, policy, m))) for m in shown]
         table.add_row(policy, opponent, *cells)
     return table
+
+
+def _differences(found: Mapping[str, Any]) -> Table:
+    chosen = [e for e in found["estimates"] if e["baseline"] is not None and e["stratum"] == ALL]
+    rows = {(e["policy"], e["baseline"], e["metric"]): e for e in chosen}
+    heads = {WIN_RATE: "win rate", **_heads(found)}
+    shown = [metric for metric in heads if any(key[2] == metric for key in rows)]
+    title = f"differences against {found['policies'][0]}"
+    table = _table(title, "policy", "less", *(heads[metric] for metric in shown))
+    for policy, baseline in dict.fromkeys(key[:2] for key in rows):
+        table.add_row(policy, baseline, *(_cell(rows.get((policy, baseline, metric))) for metric in shown))
+    return table
+
+
+def _heads(found: Mapping[str, Any]) -> dict[str, str]:
+    share = f"{found['settings']['tail']:g} of"
+    return {
+        WORST: "worst stratum",
+        CVAR: f"worst {share} prompts",
+        CVAR + PLUG_IN: "chosen and measured alike",
+        OPPONENTS: f"against the worst {share} replies",
+    }
 
 
 _OVERALL = WIN_RATE, ALL

@@ -16,11 +16,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from stepwise.errors import ConfigError, DataError
-from stepwise.resampling import Ends, Floats, Ints, cvar_by_prompt, draw_prompts, percentiles, unseen
+from stepwise.resampling import Floats, Ints, cvar_by_prompt, draw_prompts, percentiles, unseen
 from stepwise.samples import ALL
 
 WIN_RATE, WORST, CVAR, OPPONENTS = "win_rate", "win_rate/worst", "cvar", "cvar/opponents"
@@ -33,7 +34,8 @@ class Rate:
 
     metric: 'win_rate'; 'win_rate/worst', that of the worst stratum, which `stratum` names; 'cvar', mean win rate of the
     worst share of the prompts; 'cvar/opponents', mean over replies of the win rate against the worst share of opposing
-    replies. With '/plug_in' what was chosen is measured on what chose it.
+    replies. With '/plug_in' what was chosen is measured on what chose it. With a `baseline` the number is that of the
+    policy minus that of the baseline, against the same opponent.
     """
 
     policy: str
@@ -44,6 +46,7 @@ class Rate:
     low: float | None
     high: float | None
     prompts: int
+    baseline: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,15 @@ def win_rates(wins: Mapping[tuple[str, str], Floats], strata: Sequence[str], opt
 
     wins[a, b] is (P, M, M): the probability that reply i of a beats reply j of b to the same prompt, of a pair of
     policies once; wins[a, a] is (P, M0, M1), the first of the `halves` of a's replies against the second. strata: of
-    each prompt. Intervals are those of a bootstrap over prompts, the same draws for all policies; within strata for a
-    rate of strata.
+    each prompt. Last come differences, of every policy to the one before it, against the first. Intervals are those of
+    a bootstrap over prompts, the same draws for all policies; within strata for a rate of strata.
 
     Raises:
         DataError: a stratum has one prompt, a number is no probability, or shapes do not agree.
     """
     _check(wins, strata)
     draws = _Draws.make(strata, options)
-    found: list[Rate] = []
+    found: list[_Value] = []
     for (a, b), wins_PMM in wins.items():
         sides = [(a, b, wins_PMM), (b, a, _mirrored(wins_PMM))]
         if a == b:
@@ -93,7 +96,42 @@ def win_rates(wins: Mapping[tuple[str, str], Floats], strata: Sequence[str], opt
             continue
         for policy, opponent, side in sides:
             found += _against(policy, opponent, side, draws, options)
-    return found
+    return [one.rate(options.confidence) for one in found] + list(_differences(found, options.confidence))
+
+
+@dataclass(frozen=True)
+class _Value:
+    """A rate before it has an interval: value_R, None where the sample cannot say."""
+
+    policy: str
+    opponent: str
+    stratum: str
+    metric: str
+    value_R: Floats | None
+    prompts: int
+
+    def rate(self, confidence: float) -> Rate:
+        about = self.policy, self.opponent, self.stratum, self.metric
+        if self.value_R is None:
+            return Rate(*about, None, None, None, self.prompts)
+        value, ends = float(self.value_R[0]), percentiles(self.value_R, confidence)
+        return Rate(*about, value, *(unseen(value, self.prompts, confidence) if None in ends else ends), self.prompts)
+
+
+def _differences(values: Sequence[_Value], confidence: float) -> Iterator[Rate]:
+    """Of every policy to the one before it, against the first of all: what a worst case costs on average, and the like.
+    Both are drawn with the same prompts."""
+    names = list(dict.fromkeys(one.policy for one in values))
+    index = {
+        (v.policy, v.metric, v.stratum if v.metric == WIN_RATE else ALL): v for v in values if v.opponent == names[0]
+    }
+    for before, after in pairwise(names[1:]):
+        for (policy, metric, stratum), one in index.items():
+            other = index.get((before, metric, stratum))
+            if policy == after and other is not None and one.value_R is not None and other.value_R is not None:
+                difference_R = one.value_R - other.value_R
+                ends = percentiles(difference_R, confidence)
+                yield Rate(after, names[0], stratum, metric, float(difference_R[0]), *ends, one.prompts, before)
 
 
 def _mirrored(wins_PMM: Floats) -> Floats:
@@ -119,17 +157,16 @@ class _Draws:
         return cls(every, parts if len(parts) > 1 else {})
 
 
-def _against(policy: str, opponent: str, wins_PMM: Floats, draws: _Draws, options: Options) -> Iterator[Rate]:
+def _against(policy: str, opponent: str, wins_PMM: Floats, draws: _Draws, options: Options) -> Iterator[_Value]:
     rate_P = wins_PMM.mean((1, 2))
     blocks = list(_blocks(wins_PMM))
 
-    def rate(metric: str, value_R: Floats | None, stratum: str = ALL, prompts: int = len(rate_P)) -> Rate:
-        value, (low, high) = _interval(value_R, prompts, options.confidence)
-        return Rate(policy, opponent, stratum, metric, value, low, high, prompts)
+    def rate(metric: str, value_R: Floats | None, stratum: str = ALL) -> _Value:
+        return _Value(policy, opponent, stratum, metric, value_R, len(rate_P))
 
     yield rate(WIN_RATE, _mean(rate_P, draws.counts_RP))
     for name, (rows, counts_RP) in draws.strata.items():
-        yield rate(WIN_RATE, _mean(rate_P[rows], counts_RP), name, len(rows))
+        yield _Value(policy, opponent, name, WIN_RATE, _mean(rate_P[rows], counts_RP), len(rows))
     if draws.strata:
         worst, split_R, plug_in_R = _worst_stratum(rate_P, draws)
         yield rate(WORST, split_R, worst)
@@ -140,7 +177,7 @@ def _against(policy: str, opponent: str, wins_PMM: Floats, draws: _Draws, option
     yield rate(OPPONENTS, _average(_over_opponents(block, draws, options) for block in whole))
 
 
-def _own(policy: str, sides: Sequence[Floats], draws: _Draws, options: Options) -> Iterator[Rate]:
+def _own(policy: str, sides: Sequence[Floats], draws: _Draws, options: Options) -> Iterator[_Value]:
     """Self-play, from both sides: blocks of as many replies as `_against` measures a risk on."""
     prompts = len(sides[0])
     blocks = [pair for side in sides for pair in _blocks(side)]
@@ -150,8 +187,7 @@ def _own(policy: str, sides: Sequence[Floats], draws: _Draws, options: Options) 
         OPPONENTS: _average(_over_opponents(side, draws, options) for side in sides),
     }
     for metric, value_R in values.items():
-        value, (low, high) = _interval(value_R, prompts, options.confidence)
-        yield Rate(policy, policy, ALL, metric, value, low, high, prompts)
+        yield _Value(policy, policy, ALL, metric, value_R, prompts)
 
 
 def _blocks(wins_PMM: Floats) -> Iterator[tuple[Floats, Floats]]:
@@ -202,14 +238,6 @@ def _worst_stratum(rate_P: Floats, draws: _Draws) -> tuple[str, Floats, Floats]:
 def _average(values: Iterable[Floats | None]) -> Floats | None:
     found = [value for value in values if value is not None]
     return np.mean(found, axis=0) if found else None
-
-
-def _interval(value_R: Floats | None, prompts: int, confidence: float) -> tuple[float | None, Ends]:
-    if value_R is None:
-        return None, (None, None)
-    value = float(value_R[0])
-    low, high = percentiles(value_R, confidence)
-    return value, (low, high) if low is not None else unseen(value, prompts, confidence)
 
 
 def _check(wins: Mapping[tuple[str, str], Floats], strata: Sequence[str]) -> None:

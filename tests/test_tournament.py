@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import report_runs
 from typer.testing import CliRunner, Result
@@ -77,12 +78,13 @@ def folder(tmp_path: Path) -> Path:
 
 def judged(folder: Path, by: str = f"{HERE}:longer", **options: Any) -> dict[str, Any]:
     spec = by if by.startswith(tournament.SCORED) else recipe_judges.parse(by)
-    return judge_policies(folder, Request(spec, **options), display=Display(silent=True))
+    return judge_policies([folder], Request(spec, **options), display=Display(silent=True))
 
 
 def value(found: dict[str, Any], *key: str) -> float | None:
     columns = ("policy", "opponent", "metric", "stratum")
-    (row,) = [row for row in found["estimates"] if tuple(row[column] for column in columns) == key]
+    levels = [row for row in found["estimates"] if row["baseline"] is None]
+    (row,) = [row for row in levels if tuple(row[column] for column in columns) == key]
     number: float | None = row["value"]
     return number
 
@@ -153,6 +155,25 @@ def test_what_was_judged_before_a_death_is_not_judged_again(folder: Path, monkey
     assert not [path for path in folder.iterdir() if path.name.startswith(".ledger-winrates")]
 
 
+def test_policies_of_several_runs_meet_on_the_same_prompts(folder: Path, tmp_path: Path) -> None:
+    other = evaluation(tmp_path / "near", [answers("base", (1, 2)), answers("kind", (3, 4))])
+    asked = Request("rewards/joy", policies=["far/base", "kind"])
+    found = judge_policies([folder, other], asked, output=tmp_path / "both", display=Display(silent=True))
+    assert json.loads((tmp_path / "both" / "winrates.json").read_text()) == found
+    assert found["policies"] == ["far/base", "far/kind", "near/kind"]
+    differences = [a - b for a in (3, 4) for b in (2, 3)]
+    expected = sum(1 / (1 + math.exp(-0.5 * d)) for d in differences) / 4
+    assert value(found, "near/kind", "far/kind", "win_rate", "all") == pytest.approx(expected)
+    assert {row["policy"] for row in found["levels"]} == set(found["policies"])
+    with pytest.raises(ConfigError, match=r"belong to none of them.*--output"):
+        judge_policies([folder, other], asked, display=Display(silent=True))
+    shorter = evaluation(tmp_path / "short", [answers("base", (1, 2))])
+    frame = pyarrow.parquet.read_table(shorter / "samples" / "base.parquet")
+    pyarrow.parquet.write_table(frame.slice(2), shorter / "samples" / "base.parquet")
+    with pytest.raises(DataError, match="'far/base' and 'short/base'"):
+        judge_policies([folder, shorter], Request("rewards/joy", ["base"]), output=tmp_path / "both")
+
+
 def test_a_judge_that_is_certain_is_told(folder: Path) -> None:
     assert "the judge is certain" in judged(folder, f"{HERE}:certain")["warnings"][0]
 
@@ -203,10 +224,13 @@ def test_the_command_prints_tables_or_json(folder: Path) -> None:
     shown = command(str(folder), "--by", f"{HERE}:longer")
     assert shown.exit_code == 0, shown.stderr
     assert "how often a policy beats another" in shown.stdout and "hostile: 0.4" in shown.stdout
+    assert "differences against base" in shown.stdout
     told = command(str(folder), "--by", "bradley_terry", "scorer=vader_reward", "scale=2", "--json")
     assert told.exit_code == 0, told.stderr
     found = json.loads(told.stdout)
     assert found["winrates"] == str(folder / "winrates.json")
     assert found["judge"]["by"] == "bradley_terry of vader_reward"
+    none = command("scale=2", "--by", "rewards/joy")
+    assert none.exit_code == 2 and "nothing to judge" in none.stderr
     wrong = command(str(folder), "--by", "bradley_terry", "scorer=vader_reward", "sale=2")
     assert wrong.exit_code == 2 and "scale" in wrong.stderr

@@ -21,7 +21,7 @@ def value(rate: Rate) -> float:
 
 
 def of(found: list[Rate], policy: str, opponent: str, metric: str, stratum: str | None = None) -> Rate:
-    chosen = [r for r in found if (r.policy, r.opponent, r.metric) == (policy, opponent, metric)]
+    chosen = [r for r in found if r.baseline is None and (r.policy, r.opponent, r.metric) == (policy, opponent, metric)]
     (one,) = [r for r in chosen if stratum is None or r.stratum == stratum]
     return one
 
@@ -156,3 +156,22 @@ def test_what_is_no_table_of_judgements_is_refused(wins: Any, strata: list[str],
 def test_options_out_of_range_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"{next(iter(option))} of a win rate"):
         Options(**option)
+
+
+def test_differences_are_paired_by_prompt() -> None:
+    """b has the replies of a, better by as much on every prompt: more is known of the difference than of a rate."""
+    rng = np.random.default_rng(5)
+    utility = rng.normal(0, 2, 80)
+    first, a = replies(np.zeros(80), 2, rng), replies(utility, 2, rng)
+    b = a + 0.5
+    wins = {("first", "a"): judged(first, a), ("first", "b"): judged(first, b), ("a", "b"): judged(a, b)}
+    found = win_rates(wins, ["x", "y"] * 40, Options(bootstrap=200))
+    differences = {(r.metric, r.stratum): r for r in found if r.baseline is not None}
+    assert {(r.policy, r.baseline, r.opponent) for r in differences.values()} == {("b", "a", "first")}
+    assert {metric for metric, _ in differences} == {WIN_RATE, WORST, WORST + PLUG_IN, CVAR, CVAR + PLUG_IN}
+    one, level = differences[WIN_RATE, "all"], of(found, "b", "first", WIN_RATE, "all")
+    assert value(one) == pytest.approx(np.mean(judged(b, first)) - np.mean(judged(a, first)))
+    assert one.low is not None and one.high is not None and level.low is not None and level.high is not None
+    assert 0 < one.low < value(one) < one.high
+    assert one.high - one.low < 0.5 * (level.high - level.low)
+    assert value(differences[WIN_RATE, "x"]) != value(differences[WIN_RATE, "y"])

@@ -12,7 +12,7 @@ from packaging.version import InvalidVersion, Version
 from stepwise import __version__, checkpoint, recipe_file
 from stepwise.errors import ConfigError
 from stepwise.report.evaluations import Evaluation, read_evaluation, read_json
-from stepwise.run_folder import CERTIFICATE, Log, RunFolder
+from stepwise.run_folder import CERTIFICATE, Log, RunFolder, labels
 
 _SELECTED = "selected"
 _TOLD = {
@@ -65,15 +65,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if len(set(found)) < len(found):
         twice = next(path for path in found if found.count(path) > 1)
         raise ConfigError("The same run is named twice", where=twice, wanted="different runs, side by side")
-    return [_read(path, label) for path, label in zip(paths, _labels(found), strict=True)]
-
-
-def _labels(paths: Sequence[Path]) -> list[str]:
-    """The names of the folders, with as many of their parents as tell them apart."""
-    depth = 1
-    while len({path.parts[-depth:] for path in paths}) < len(paths):
-        depth += 1
-    return ["/".join(path.parts[-depth:]) for path in paths]
+    return [_read(path, label) for path, label in zip(paths, labels(found), strict=True)]
 
 
 def _read(path: Path, label: str) -> Run:

@@ -58,7 +58,7 @@ def _index(rows: Any) -> Index:
     """Records of `stepwise.winrates.Rate` by policy, opponent, metric, stratum; those of a worst stratum as of all."""
     found: Index = {}
     for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, dict):
+        if isinstance(row, dict) and row.get("baseline") is None:  # a difference has one
             stratum = row.get("stratum") if row.get("metric") == WIN_RATE else ALL
             found[*(str(row.get(key)) for key in ("policy", "opponent", "metric")), str(stratum)] = row
     return found
