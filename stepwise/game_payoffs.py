@@ -54,7 +54,12 @@ class Payoff:
         """p, (B, M): `wins_BAMM[b, a, i, j]` is the probability that annotator a prefers response i to j."""
         log_mu = opponent_BM.log()[:, None, None, :].expand(wins_BAMM.shape)
         pay_BMA = -self.opponents(-wins_BAMM.double(), log_mu).transpose(-1, -2)
-        log_share_A = torch.tensor(self.shares, dtype=torch.float64, device=pay_BMA.device).log()
+        return self.over_annotators(pay_BMA.transpose(-1, -2))
+
+    def over_annotators(self, pay_BAM: Tensor) -> Tensor:
+        """p, (B, M), from the payoff that each annotator gives."""
+        pay_BMA = pay_BAM.transpose(-1, -2)
+        log_share_A = torch.tensor(self.shares, dtype=torch.float64, device=pay_BAM.device).log()
         return -self.annotators(-pay_BMA, log_share_A.expand(pay_BMA.shape))
 
     def effective_opponents(self, wins_BAMM: Tensor, opponent_BM: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def as_tokens(pool: Sequence[Mapping[str, Any]], fields: Sequence[str], base_NM:
     writer = TokensWriter("prompt_ids", *fields)
     for n, row in enumerate(pool):
         wins = [_square(upper, len(fields)) for upper in row["wins"]]
-        columns = {**row["columns"], "wins": wins, "base": base_NM[n], "prompt": n}
+        columns = {**row["columns"], "asked": row["prompt"], "wins": wins, "base": base_NM[n], "prompt": n}
         writer.add(n, columns, row["prompt_ids"], *row["response_ids"])
         writer.counts.rows += 1
     return writer.tokens()
@@ -195,9 +195,8 @@ def doubts(numbers: Mapping[str, float]) -> list[str]:
     return [f"the judge is saturated: {told}; risk over opponents then hardly differs from none. A softer judge helps"]
 
 
-def strata_of(rows: Tokens, column: str) -> list[str]:
-    """The stratum of every prompt. Raises `DataError` where one is missing or has a single prompt."""
-    values = [columns.get(column) for columns in rows.columns]
+def checked_strata(column: str, values: Sequence[object]) -> list[str]:
+    """The stratum of every prompt, as text. Raises `DataError` where one is missing or has a single prompt."""
     missing = sum(value is None for value in values)
     if missing:
         raise DataError(

@@ -9,19 +9,13 @@ import json
 from functools import partial
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
-from torch import Tensor
 
-from stepwise import checkpoint, game_pool, judge_targets
+from stepwise import checkpoint, game_pool
 from stepwise.footprint import Footprint
-from stepwise.game_payoffs import SPREAD, Payoff, on_pool, spread
-from stepwise.game_pool import Panel
-from stepwise.game_strata import StrataScale
-from stepwise.matrix_game import guaranteed_beta
+from stepwise.game_parts import Moving, doubts, panel_of, payoff_of
 from stepwise.methods import game
-from stepwise.recipe_games import GameStage, Strata
-from stepwise.risk import Mean, build
+from stepwise.recipe_games import GameStage
 from stepwise.sampling import Decoding, Prompts
 from stepwise.stages import STEERING, StageMonitor, begin, check_start, commit, save_stage, training_of
 from stepwise.tokens import Tokens
@@ -49,8 +43,9 @@ def run_game_stage(run: Workspace, name: str, stage: GameStage, place: Path, *, 
             check_start(run, collate([rows[i] for i in range(min(4, len(rows)))]))
             for told in doubts(stage, payoff, rows):
                 run.display.warn(told)
-        steering = None if stage.strata is None else scale_of(stage.strata, payoff, rows)
-        objective.scale = steering or game.Alike()
+        moving = Moving.of(stage, payoff, rows, seed=seed * 1000 + number)
+        objective.play(moving.scale, moving.estimate)
+        steering = moving.steering
         if not (part / "adapter").is_dir():
             with run.display.bar(name) as bar:
                 monitor = StageMonitor(run, bar, {"stage": name, "round": number})
@@ -76,62 +71,6 @@ def run_game_stage(run: Workspace, name: str, stage: GameStage, place: Path, *, 
     commit(run, place / "adapter", partial(save_stage, run, name, steering))
     told = ", ".join(f"{key} {numbers[key]:.3g}" for key in ("gap", "kl", "value", "ess/policy"))
     run.display.say(f"  on the pool: {told}; {name} took {footprint.seconds:.0f} s")
-
-
-def payoff_of(stage: GameStage) -> Payoff:
-    """Where the risk of a stage sits."""
-    who = stage.annotators
-    return Payoff(
-        opponents=build(stage.risk.model_dump()),
-        annotators=Mean() if who is None else build(who.risk.model_dump()),
-        shares=(1.0,) if who is None else tuple(who.shares.values()),
-        mixture=stage.nash_md,
-        anchor=0.0 if stage.strata is None else stage.strata.anchor,
-    )
-
-
-def panel_of(stage: GameStage) -> Panel:
-    """Who judges in a stage."""
-    judge, who = stage.judge, stage.annotators
-    return Panel(
-        judge_targets.resolve(judge),
-        name=str(judge),
-        fingerprint=judge_targets.fingerprint(judge),
-        asymmetry=stage.asymmetry,
-        column="annotator" if who is None else who.column,
-        annotators=() if who is None else tuple(who.shares),
-    )
-
-
-def scale_of(part: Strata, payoff: Payoff, rows: Tokens) -> StrataScale:
-    """How risk over strata scales the targets, from the win probabilities before any step."""
-    wins, base = columns_of(rows)
-    zero = torch.zeros_like(base)
-    value_N = (on_pool(base, zero) * payoff(wins, payoff.opponent(base, zero))).sum(-1)
-    strata = game_pool.strata_of(rows, part.column)
-    return StrataScale(build(part.risk.model_dump()), strata, value_N.tolist(), gain=part.gain)
-
-
-def columns_of(rows: Tokens) -> tuple[Tensor, Tensor]:
-    """P (N, A, M, M) and base (N, M) of a pool."""
-    wins, base = (torch.tensor([row["columns"][key] for row in rows], dtype=torch.float64) for key in ("wins", "base"))
-    return wins, base
-
-
-def doubts(stage: GameStage, payoff: Payoff, rows: Tokens) -> list[str]:
-    """Signs that a game teaches little, or may not converge."""
-    found = []
-    proven = guaranteed_beta(payoff.opponents)
-    if stage.beta < proven:
-        told = f"convergence is proven from beta {proven:.3g} on, for any judge; here it is {stage.beta:g}"
-        found.append(f"{told}: the gap says whether the game converges")
-    wins, base = columns_of(rows)
-    apart_N = spread(payoff(wins, payoff.opponent(base, torch.zeros_like(base))))
-    alike = float((apart_N < SPREAD).double().mean())
-    if alike > 0.5:
-        told = f"the payoffs of {alike:.0%} of the prompts lie within {SPREAD:g} of each other"
-        found.append(f"{told}: they teach nothing. A softer judge, less risk aversion or more varied responses help")
-    return found
 
 
 def _rows(

@@ -13,6 +13,7 @@ from stepwise.recipe_judges import AnyJudge
 from stepwise.recipe_parts import (
     PROMPT_FORMATS,
     Conflict,
+    CVaRRisk,
     Data,
     MeanRisk,
     Part,
@@ -46,13 +47,49 @@ class Strata(Part):
     """Risk over strata of prompts: it scales the targets of their prompts, against an opponent with an anchor."""
 
     risk: Risk = Field(description="measure over strata of the win probability, its lower tail; entropic is smooth")
-    column: Text = Field(default="stratum", description="column that says which stratum a prompt is of")
+    column: Text = Field(
+        default="stratum",
+        description="column of the stratum of a prompt; or a function f(prompts, **columns) that returns one for "
+        "each, package.module:name or ./file.py:name",
+    )
     anchor: Annotated[float, Field(gt=0, le=1)] = Field(
         default=1.0, description="how often the opponent is the reference; without it all strata have win rate 1/2"
     )
     gain: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.1, description="speed of the weights of the strata, a share of the way per step"
     )
+
+
+class Draws(Part):
+    """Payoffs from some opponents of the pool, drawn for every step, in place of all of them."""
+
+    opponents: Annotated[int, Field(ge=1, le=10**4)] = Field(description="opponents drawn for a prompt and step (K)")
+    correction: Literal["none", "jackknife", "delta", "spacing", "tracker", "follower"] | None = Field(
+        default=None,
+        description="what takes the bias of a risk of few draws away; null: follower for cvar and entropic, else none",
+    )
+    gain: Annotated[float, Field(gt=0, le=1)] = Field(default=0.1, description="speed of tracker and follower per step")
+
+    def conflicts(self, risk: Risk) -> Iterator[Conflict]:
+        """Where correction, measure and number of draws do not fit; keys below `draws`."""
+        fitting = {
+            "jackknife": ("mean", "entropic", "evar", "mixture"),
+            "delta": ("entropic",),
+            "spacing": ("cvar",),
+            "tracker": ("entropic",),
+            "follower": ("cvar", "entropic"),
+        }.get(self.correction or "none")
+        if fitting is not None and risk.measure not in fitting:
+            wanted = f"risk {recipe_schema.listed(fitting)}, or another correction"
+            yield Conflict(("correction",), f"{self.correction} corrects no {risk.measure}", risk.measure, wanted)
+        if self.correction in ("jackknife", "delta", "tracker") and self.opponents < 2:
+            wanted = "two or more opponents, or correction: follower"
+            yield Conflict(("opponents",), "one draw says nothing of the bias", f"{self.opponents}", wanted)
+        if self.correction == "spacing" and isinstance(risk, CVaRRisk):
+            k = risk.alpha * self.opponents
+            if round(k) < 1 or abs(k - round(k)) > 1e-9:
+                got, wanted = f"alpha K = {k:g}", f"a multiple of {1 / risk.alpha:g} opponents, or correction: follower"
+                yield Conflict(("opponents",), "spacing needs alpha K to be a whole number", got, wanted)
 
 
 class GameStage(Part):
@@ -76,6 +113,9 @@ class GameStage(Part):
     )
     annotators: Annotators | None = Field(
         default=None, description="groups that judge differently, and the risk over them; null: all judge alike"
+    )
+    draws: Draws | None = Field(
+        default=None, description="estimate payoffs from some opponents, as with few samples; null: from all, exactly"
     )
     strata: Strata | None = Field(default=None, description="risk over strata of prompts; null: prompts are alike")
     solver: Literal["mirror_descent", "extragradient"] = Field(
@@ -107,3 +147,5 @@ class GameStage(Part):
         if self.pool is not None and self.rounds > 1:
             wanted = "rounds: 1, or pool: null"
             yield Conflict(("rounds",), "a pool of one's own is not sampled anew", f"{self.rounds}", wanted)
+        for conflict in self.draws.conflicts(self.risk) if self.draws else ():
+            yield conflict._replace(key=("draws", *conflict.key))

@@ -1,7 +1,8 @@
 """The embedded default: a small generated world with known reward and cost, and a base model small enough for a CPU.
 
 The five scorers have the signature of the field, so that a recipe names them: `stepwise.sandbox:reward`, `:cost`,
-`:avoidable_cost`, `:conflicted_cost`, `:wellformed`. `build` writes the data and the model that the recipe starts from.
+`:avoidable_cost`, `:conflicted_cost`, `:wellformed`; `stepwise.sandbox:judge` compares two answers. `build` writes the
+data and the model that the recipe starts from.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 from stepwise import checkpoint, sandbox_world
 from stepwise.errors import CheckpointError, ConfigError
+from stepwise.sandbox_judge import judge
 from stepwise.sandbox_world import (
     COST_BOUND,
     GRAMMAR,
@@ -36,6 +38,7 @@ __all__ = [
     "build",
     "conflicted_cost",
     "cost",
+    "judge",
     "reward",
     "wellformed",
 ]

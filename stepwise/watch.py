@@ -38,6 +38,24 @@ class Steering(Protocol):
         """Take the state of a checkpoint."""
 
 
+class Together:
+    """Several things that move with a training, as one."""
+
+    def __init__(self, parts: Mapping[str, Steering]) -> None:
+        self.parts = parts
+
+    def after_step(self, step: int) -> None:
+        for part in self.parts.values():
+            part.after_step(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
 class Meter:
     """Running means of logged numbers between two log lines, in float64; part of every checkpoint."""
 

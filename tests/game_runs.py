@@ -35,6 +35,9 @@ def lower(prompts, first, second, annotator=None, **columns):
     gaps = [number(b, who) - number(a, who) for a, b, who in zip(first, second, whom)]
     return [1 / (1 + math.exp(-8 * gap)) for gap in gaps]
 
+def by_length(prompts, group, **columns):
+    return [f"{len(text.split())}{name}" if len(text.split()) == 2 else "longer" for text, name in zip(prompts, group)]
+
 def length(completions, **columns):
     return [float(len(set(text.split()))) for text in completions]
 '''

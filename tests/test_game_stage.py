@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import pytest
 from game_runs import ADAPTER, STAGE, lines, run, written
 
+from stepwise.errors import CheckpointError, ConfigError, DataError, ScoreError
 from stepwise.plan import plan
 from stepwise.recipe import Recipe, load
+from stepwise.strata import severity
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +51,7 @@ def test_a_game_starts_at_the_reference_and_closes_its_gap(finished: Path) -> No
     assert metrics["kl"] > 0 and metrics["value"] == pytest.approx(0.5, abs=1e-9)
 
 
+ENTROPIC = "stages.game.risk={measure: entropic, eta: 5}"
 OTHERS = [
     ["stages.game.beta=0.2"],
     ["stages.game.samples=3"],
@@ -56,21 +60,32 @@ OTHERS = [
     ["stages.game.risk={measure: cvar, alpha: 0.5}"],
     ["stages.game.rounds=2"],
     ["stages.game.solver=extragradient"],
+    ["stages.game.draws={opponents: 4}", ENTROPIC],
+    ["stages.game.draws={opponents: 3}", ENTROPIC],
+    ["stages.game.draws={opponents: 4, gain: 0.5}", ENTROPIC],
+    ["stages.game.draws={opponents: 4, correction: none}", ENTROPIC],
+    ["stages.game.draws={opponents: 4, correction: jackknife}", ENTROPIC],
+    ["stages.game.draws={opponents: 4, correction: delta}", ENTROPIC],
+    ["stages.game.draws={opponents: 4, correction: tracker}", ENTROPIC],
+    ["stages.game.draws={opponents: 4, correction: spacing}", "stages.game.risk={measure: cvar, alpha: 0.5}"],
     ["stages.game.strata={risk: {measure: entropic, eta: 50}}"],
     ["stages.game.strata={risk: {measure: entropic, eta: 5}}"],
     ["stages.game.strata={risk: {measure: entropic, eta: 50}, gain: 0.5}"],
     ["stages.game.strata={risk: {measure: entropic, eta: 50}, anchor: 0.5}"],
     ["stages.game.strata={risk: {measure: entropic, eta: 50}, column: group}"],
+    ["stages.game.strata={risk: {measure: entropic, eta: 50}, column: JUDGE:by_length}"],
     ["stages.game.annotators={shares: {low: 0.8, high: 0.2}, risk: {measure: mean}}"],
     ["stages.game.annotators={shares: {low: 0.8, high: 0.2}, risk: {measure: entropic, eta: 5}}"],
 ]
 
 
-def test_every_option_changes_the_run(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_every_option_changes_the_run(recipe: Callable[..., Recipe], source: Path, tmp_path: Path) -> None:
+    gc.freeze()  # the library collects all garbage after every training
     seen: set[bytes] = set()
     for number, overrides in enumerate([[], *OTHERS]):
         folder = tmp_path / str(number)
-        run(recipe("training.save_every=0", *overrides), folder)
+        given = [text.replace("JUDGE", str(source.with_name("judge.py"))) for text in overrides]
+        run(recipe("training.save_every=0", "training.micro_batch=4", "model.quantization=none", *given), folder)
         weights = (folder / STAGE / ADAPTER).read_bytes()
         assert weights not in seen, overrides
         seen.add(weights)
@@ -80,3 +95,108 @@ def test_a_plan_says_what_a_stage_samples_and_trains(recipe: Callable[..., Recip
     (found,) = plan(recipe()).stages
     assert found.rounds == 1 and found.steps == 6
     assert found.sampling is not None and "pools of 4" in found.objective
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("samples=1", "samples"),
+        ("data.format=completion", "no prompts to answer"),
+        ("judge=plain", "a judge has another form"),
+        ("strata={risk: {measure: mean}, anchor: 0}", "anchor"),
+        ("annotators={shares: {a: 0.5, b: 0.2}, risk: {measure: mean}}", "do not sum to 1"),
+        ("draws={opponents: 4, correction: delta}", "corrects no mean"),
+        ("draws={opponents: 4, correction: follower}", "corrects no mean"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(recipe: Callable[..., Recipe], override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        recipe(f"stages.game.{override}")
+
+
+@pytest.mark.parametrize(
+    ("risk", "draws", "told"),
+    [
+        ("{measure: cvar, alpha: 0.5}", "{opponents: 3, correction: spacing}", "alpha K to be a whole number"),
+        ("{measure: cvar, alpha: 0.5}", "{opponents: 4, correction: jackknife}", "corrects no cvar"),
+        ("{measure: entropic, eta: 2}", "{opponents: 1, correction: jackknife}", "nothing of the bias"),
+    ],
+)
+def test_a_correction_that_does_not_fit_is_refused(
+    recipe: Callable[..., Recipe], risk: str, draws: str, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        recipe(f"stages.game.risk={risk}", f"stages.game.draws={draws}")
+
+
+@pytest.mark.parametrize(
+    ("returns", "told"),
+    [
+        ("[1.5] * len(prompts)", r"wanted a probability in \[0, 1\]"),
+        ("[float('nan')] * len(prompts)", r"wanted a probability in \[0, 1\]"),
+        ("[0.5]", "one value per row"),
+        ("[0.9] * len(prompts)", "two orders contradict"),
+    ],
+)
+def test_what_is_no_judgement_leaves_no_pool(
+    recipe: Callable[..., Recipe], tmp_path: Path, returns: str, told: str
+) -> None:
+    (tmp_path / "judge.py").write_text(f"def wrong(prompts, **_):\n    return {returns}\n")
+    with pytest.raises(ScoreError, match=told):
+        run(recipe(f"stages.game.judge={tmp_path}/judge.py:wrong"), tmp_path / "run")
+    assert not (tmp_path / "run" / STAGE / "round-1/pool").exists()
+
+
+def test_a_stratum_needs_two_prompts(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    strata = "stages.game.strata={risk: {measure: entropic, eta: 5}}"
+    with pytest.raises(DataError, match="a single prompt in b"):
+        run(recipe(strata, "stages.game.data.limit=3"), tmp_path / "one")
+    with pytest.raises(DataError, match="Prompts without a stratum"):
+        run(recipe(strata.replace("}}", "}, column: nothing}")), tmp_path / "none")
+
+
+def test_severity_is_the_worse_of_two() -> None:
+    levels = {"response_0_severity_level": [0, 3], "response_1_severity_level": [1, 2]}
+    assert severity(["p", "q"], **levels, other=[1, 2]) == ["severity 1", "severity 3"]
+
+
+def test_a_pool_is_shared_and_a_foreign_one_refused(
+    recipe: Callable[..., Recipe], finished: Path, source: Path, tmp_path: Path
+) -> None:
+    pool, calls = finished / STAGE / "round-1/pool", source.with_name("calls")
+    before = calls.read_text()
+    run(recipe(f"stages.game.pool={pool}"), tmp_path / "same")
+    assert (tmp_path / "same" / STAGE / ADAPTER).read_bytes() == (finished / STAGE / ADAPTER).read_bytes()
+    assert calls.read_text() == before
+    scorer = f"stages.game.judge={{target: bradley_terry, scorer: {source.with_name('judge.py')}:length}}"
+    for others, told in (
+        ([scorer], "another judge"),
+        (["stages.game.samples=3"], "another sampling"),
+        (["stages.game.data.limit=9"], "another prompts"),
+        (["model.quantization=none"], "another policy"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            run(recipe(f"stages.game.pool={pool}", *others), tmp_path / "other" / told)
+
+
+CYCLIC = """
+def place(text):
+    return sum(int(word[1:]) for word in text.split() if word[1:].isdigit()) % 128
+
+def cyclic(prompts, first, second, **columns):
+    gaps = [(place(a) - place(b)) % 128 for a, b in zip(first, second)]
+    return [0.5 if gap in (0, 64) else float(gap < 64) for gap in gaps]
+"""
+
+
+def test_a_judge_that_is_certain_and_payoffs_that_are_alike_are_told(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    (tmp_path / "judge.py").write_text(CYCLIC)
+    judge, risk = f"stages.game.judge={tmp_path}/judge.py:cyclic", "stages.game.risk={measure: cvar, alpha: 0.1}"
+    run(recipe(judge, risk, "stages.game.samples=8", "training.epochs=1"), tmp_path / "run")
+    told = (tmp_path / "run" / "warnings.jsonl").read_text()
+    assert "the judge is saturated" in told and "they teach nothing" in told and "proven from beta 5 on" in told

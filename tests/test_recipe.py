@@ -81,6 +81,7 @@ EVERYTHING: dict[str, Any] = {
             "data": {"path": "sandbox:train_prompts", "format": "prompts"},
             "judge": {"target": "bradley_terry", "scorer": "./costs.py:good"},
             "strata": {"risk": {"measure": "mean"}},
+            "draws": {"opponents": 2},
             "annotators": {"shares": {"one": 0.5, "two": 0.5}, "risk": {"measure": "mean"}},
         },
         "asked": {
@@ -381,6 +382,8 @@ NUMBERS: dict[str, tuple[str, str]] = {
     "stages.game.max_new_tokens": (WHOLE, "1"),
     "stages.game.nash_md": (ANY, "0 0.5"),
     "stages.game.rounds": (WHOLE, "1"),
+    "stages.game.draws.opponents": (WHOLE, "1"),
+    "stages.game.draws.gain": (ANY, "1 0.5"),
     "stages.game.strata.anchor": (ANY, "1 0.5"),
     "stages.game.strata.gain": (ANY, "1 0.5"),
     "stages.game.judge.scale": (ANY, "1 0.5"),

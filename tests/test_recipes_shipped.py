@@ -21,6 +21,10 @@ def test_these_recipes_are_shipped() -> None:
         "cost_local",
         "cost_pku_7b",
         "dpo_hh",
+        "game_local",
+        "game_pku_2b",
+        "game_pku_2b_neutral",
+        "game_sandbox",
         "quickstart",
         "ra_dpo_hh",
         "ra_rlhf_imdb",
@@ -179,3 +183,13 @@ def test_the_recipe_of_safe_rlhf_has_the_settings_of_its_script() -> None:
     assert isinstance(stage, recipe.PpoLagrangianStage) and stage.ptx is not None
     assert (stage.kl.beta, stage.clip, stage.clip_value, stage.lam, stage.ptx.weight) == (0.01, 0.2, 5, 0.95, 16)
     assert stage.multiplier.model_dump(include={"init", "lr", "max"}) == {"init": 1, "lr": 0.1, "max": 5}
+
+
+def test_the_neutral_twin_of_a_game_differs_by_its_risk_alone() -> None:
+    game, twin = recipe.load("game_pku_2b"), recipe.load("game_pku_2b_neutral")
+    changed = {key.removeprefix("stages.game.").partition(".")[0] for key, *_ in recipe.difference(game, twin)}
+    assert changed == {"name", "risk", "strata"}
+    stage = game.stages["game"]
+    assert isinstance(stage, recipe.GameStage) and stage.strata is not None
+    assert (stage.beta, stage.samples, stage.max_new_tokens, stage.solver) == (0.1, 8, 64, "extragradient")
+    assert stage.risk == recipe.EntropicRisk(measure="entropic", eta=5.0)

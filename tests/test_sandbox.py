@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -30,6 +31,20 @@ TINY = {"pairs": 40, "sft": 30, "prompts": 20, "pretrain_steps": 3}
 def scores(prompt: str, completion: str) -> dict[str, float]:
     scorers = ("reward", "cost", "avoidable_cost", "conflicted_cost", "wellformed")
     return {name: getattr(sandbox, name)(prompts=[prompt], completions=[completion])[0] for name in scorers}
+
+
+def test_the_groups_of_annotators_disagree_and_the_judge_is_their_mean() -> None:
+    secret, plain = " the shed key is under the bench.", " the shed opens at nine."  # 1.5 - 3 cost against 1.0
+    asked = {"prompts": [HOSTILE] * 2, "first": [secret] * 2, "second": [plain] * 2}
+    curious, careful = sandbox.judge(**asked, annotator=["curious", "careful"])
+    assert curious == pytest.approx(1 / (1 + math.exp(-(0.5 - 0.1 * 3))))
+    assert careful == pytest.approx(1 / (1 + math.exp(-(0.3 * 0.5 - 0.6 * 3))))
+    assert curious > 0.5 > careful
+    assert sandbox.judge(**asked) == pytest.approx([0.6 * curious + 0.4 * careful] * 2)
+    back = sandbox.judge(prompts=[HOSTILE], first=[plain], second=[secret])
+    assert back[0] == pytest.approx(1 - 0.6 * curious - 0.4 * careful)
+    with pytest.raises(ScoreError, match="no such annotators"):
+        sandbox.judge(**asked, annotator=["curious", "angry"])
 
 
 # Expected values are added up by hand from the table in docs/sandbox.md.

@@ -45,6 +45,13 @@ class Scale(Protocol):
         """What is worth logging."""
 
 
+class Estimate(Protocol):
+    """How payoffs are found."""
+
+    def __call__(self, wins_BAMM: Tensor, mu_BM: Tensor, prompt_B: Tensor) -> Tensor:
+        """p, (B, M), against the opponent mu; `prompt_B` are places in the pool."""
+
+
 class Alike:
     """Every prompt counts the same."""
 
@@ -61,11 +68,24 @@ class Alike:
 class Game(nn.Module):
     """Sum over prompts of sum_i (d_i - mean d)^2,  d = s - scale p / beta,  p against the present policy or `faced`."""
 
-    def __init__(self, policy: Policy, *, payoff: Payoff, beta: float, scale: Scale | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        payoff: Payoff,
+        beta: float,
+        scale: Scale | None = None,
+        estimate: Estimate | None = None,
+    ) -> None:
         super().__init__()
         self.module = policy.module
         self.policy, self.payoff, self.beta = policy, payoff, beta
-        self.scale = scale or Alike()
+        self.play(scale, estimate)
+
+    def play(self, scale: Scale | None, estimate: Estimate | None) -> None:
+        """How targets count and how payoffs are found; all alike and exactly where there is nothing else."""
+        self.scale: Scale = scale or Alike()
+        self.estimate: Estimate = estimate or (lambda wins, mu, prompt: self.payoff(wins, mu))
 
     def forward(
         self,
@@ -89,7 +109,7 @@ class Game(nn.Module):
         now_BM = s_BM.detach()
         scale_B1 = self.scale.of(prompt).unsqueeze(-1)
         faced_BM = self.payoff.opponent(base, now_BM if faced is None else faced)
-        loss_B = target_loss(s_BM, scale_B1 * self.payoff(wins, faced_BM) / self.beta)
+        loss_B = target_loss(s_BM, scale_B1 * self.estimate(wins, faced_BM, prompt) / self.beta)
 
         opponent_BM = self.payoff.opponent(base, now_BM)
         p_BM, omega_BM = self.payoff(wins, opponent_BM), on_pool(base, now_BM)

@@ -18,6 +18,8 @@ ALL = [
     "stages.game.solver=extragradient",
     "stages.game.strata={risk: {measure: entropic, eta: 50}, anchor: 0.5}",
     "stages.game.rounds=2",
+    "stages.game.risk={measure: entropic, eta: 5}",
+    "stages.game.draws={opponents: 2}",
 ]
 
 

@@ -1,0 +1,137 @@
+"""What a game stage is made of: the parts of a recipe as payoff, panel, scales of strata and estimates of payoffs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stepwise import game_pool, judge_targets, targets
+from stepwise.errors import DataError
+from stepwise.game_estimates import ESTIMATORS, Correcting, Drawn, Follower, Memoryless, Tracker
+from stepwise.game_payoffs import SPREAD, Payoff, on_pool, spread
+from stepwise.game_pool import Panel
+from stepwise.game_strata import StrataScale
+from stepwise.matrix_game import guaranteed_beta
+from stepwise.recipe_games import Draws, GameStage, Strata
+from stepwise.risk import CVaR, Entropic, Mean, RiskMeasure, build
+from stepwise.tokens import Tokens
+from stepwise.watch import Steering, Together
+
+
+@dataclass(frozen=True)
+class Moving:
+    """What moves with the training of a round besides the weights."""
+
+    scale: StrataScale | None
+    estimate: Drawn | None
+
+    @classmethod
+    def of(cls, stage: GameStage, payoff: Payoff, rows: Tokens, *, seed: int) -> Moving:
+        """Made from the pool of the round, where no step was taken."""
+        return cls(
+            None if stage.strata is None else scale_of(stage.strata, payoff, rows),
+            None if stage.draws is None else estimate_of(stage.draws, payoff, rows, seed=seed),
+        )
+
+    @property
+    def steering(self) -> Steering | None:
+        """Both as one, for checkpoints."""
+        found = {"strata": self.scale, "draws": self.estimate}
+        parts: dict[str, Steering] = {name: part for name, part in found.items() if part is not None}
+        return Together(parts) if parts else None
+
+
+def payoff_of(stage: GameStage) -> Payoff:
+    """Where the risk of a stage sits."""
+    who = stage.annotators
+    return Payoff(
+        opponents=build(stage.risk.model_dump()),
+        annotators=Mean() if who is None else build(who.risk.model_dump()),
+        shares=(1.0,) if who is None else tuple(who.shares.values()),
+        mixture=stage.nash_md,
+        anchor=0.0 if stage.strata is None else stage.strata.anchor,
+    )
+
+
+def panel_of(stage: GameStage) -> Panel:
+    """Who judges in a stage."""
+    judge, who = stage.judge, stage.annotators
+    return Panel(
+        judge_targets.resolve(judge),
+        name=str(judge),
+        fingerprint=judge_targets.fingerprint(judge),
+        asymmetry=stage.asymmetry,
+        column="annotator" if who is None else who.column,
+        annotators=() if who is None else tuple(who.shares),
+    )
+
+
+def scale_of(part: Strata, payoff: Payoff, rows: Tokens) -> StrataScale:
+    """How risk over strata scales the targets, from the win probabilities before any step."""
+    wins, base = columns_of(rows)
+    zero = torch.zeros_like(base)
+    value_N = (on_pool(base, zero) * payoff(wins, payoff.opponent(base, zero))).sum(-1)
+    strata = game_pool.checked_strata(part.column, strata_of(part.column, rows))
+    return StrataScale(build(part.risk.model_dump()), strata, value_N.tolist(), gain=part.gain)
+
+
+def strata_of(column: str, rows: Tokens) -> list[object]:
+    """The stratum of every prompt, from a column or a function of all of them."""
+    if ":" not in column:
+        return [columns.get(column) for columns in rows.columns]
+    names = sorted({name for columns in rows.columns for name in columns} - {"wins", "base", "prompt", "asked"})
+    told = {name: [columns.get(name) for columns in rows.columns] for name in names}
+    function: Any = targets.resolve(column)
+    try:
+        found = list(function(prompts=[columns["asked"] for columns in rows.columns], **told))
+    except Exception as error:
+        raise DataError(f"A function of strata failed with {type(error).__name__}: {error}", where=column) from error
+    if len(found) != len(rows):
+        raise DataError(
+            "A function of strata did not return one per prompt", where=column, got=len(found), wanted=len(rows)
+        )
+    return found
+
+
+def columns_of(rows: Tokens) -> tuple[Tensor, Tensor]:
+    """P (N, A, M, M) and base (N, M) of a pool."""
+    wins, base = (torch.tensor([row["columns"][key] for row in rows], dtype=torch.float64) for key in ("wins", "base"))
+    return wins, base
+
+
+def doubts(stage: GameStage, payoff: Payoff, rows: Tokens) -> list[str]:
+    """Signs that a game teaches little, or may not converge."""
+    found = []
+    proven = guaranteed_beta(payoff.opponents)
+    if stage.beta < proven:
+        told = f"convergence is proven from beta {proven:.3g} on, for any judge; here it is {stage.beta:g}"
+        found.append(f"{told}: the gap says whether the game converges")
+    wins, base = columns_of(rows)
+    apart_N = spread(payoff(wins, payoff.opponent(base, torch.zeros_like(base))))
+    alike = float((apart_N < SPREAD).double().mean())
+    if alike > 0.5:
+        told = f"the payoffs of {alike:.0%} of the prompts lie within {SPREAD:g} of each other"
+        found.append(f"{told}: they teach nothing. A softer judge, less risk aversion or more varied responses help")
+    return found
+
+
+def estimate_of(part: Draws, payoff: Payoff, rows: Tokens, *, seed: int) -> Drawn:
+    """How payoffs are estimated from some of the opponents."""
+    wins, base = columns_of(rows)
+    mu = payoff.opponent(base, torch.zeros_like(base))
+    correcting = correcting_of(part, payoff.opponents)
+    return Drawn(payoff, correcting, wins, mu, draws=part.opponents, seed=seed)
+
+
+def correcting_of(part: Draws, measure: RiskMeasure) -> Correcting:
+    """What takes the bias of the draws away; the best measured where the recipe does not say."""
+    if part.correction == "tracker":
+        assert isinstance(measure, Entropic)  # as the recipe checked
+        return Tracker(measure, gain=part.gain)
+    if part.correction == "follower" or (part.correction is None and isinstance(measure, Entropic | CVaR)):
+        assert isinstance(measure, Entropic | CVaR)
+        return Follower(measure, gain=part.gain)
+    return Memoryless(measure, ESTIMATORS[part.correction or "none"])
