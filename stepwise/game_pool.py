@@ -45,6 +45,14 @@ class Panel:
         """What distinguishes the calls of each annotator: a column, or nothing."""
         return [{self.column: annotator} for annotator in self.annotators] or [{}]
 
+    def seated(self, seat: Mapping[str, str]) -> str:
+        """Name of the judge in a seat."""
+        return self.name + "".join(f" as {annotator}" for annotator in seat.values())
+
+    def known(self) -> dict[str, str]:
+        """Name and fingerprint of the judge in every seat, for a ledger."""
+        return {self.seated(seat): self.fingerprint for seat in self.seats()}
+
 
 def identity(policy: Policy, prompts: Prompts, decoding: Decoding, panel: Panel, samples: int) -> dict[str, str]:
     """What a pool follows from, each as a SHA-256."""
@@ -68,14 +76,15 @@ def make(
     about: dict[str, Any] = identity(policy, prompts, decoding, panel, samples)
     if folder.is_dir():
         return check(folder, about)
-    ledger = Ledger.beside(folder, {_seated(panel, seat): panel.fingerprint for seat in panel.seats()})
+    ledger = Ledger.beside(folder, panel.known())
     with checkpoint.exclusive(ledger.folder):
         if folder.is_dir():  # made by another run in the meantime
             return check(folder, about)
         answers = answer(policy, prompts, decoding, samples=samples, ledger=ledger)
         responses = [answers.responses[i : i + samples] for i in range(0, len(answers.texts), samples)]
         texts = [answers.texts[i : i + samples] for i in range(0, len(answers.texts), samples)]
-        wins, numbers = _judged(panel, prompts, texts, ledger)
+        pairs = [[(of[i], of[j]) for i, j in _pairs(samples)] for of in texts]
+        wins, numbers = judge_all(panel, prompts, pairs, ledger)
         lines = (
             json.dumps(
                 {
@@ -136,17 +145,16 @@ def as_tokens(pool: Sequence[Mapping[str, Any]], fields: Sequence[str], base_NM:
     return writer.tokens()
 
 
-def _judged(
-    panel: Panel, prompts: Prompts, texts: Sequence[Sequence[str]], ledger: Ledger
+def judge_all(
+    panel: Panel, prompts: Prompts, pairs: Sequence[Sequence[tuple[str, str]]], ledger: Ledger
 ) -> tuple[list[list[list[float]]], dict[str, float]]:
-    """Upper triangles of P, by prompt and annotator, and what the judge is like."""
-    pairs = [pair for _ in texts for pair in _pairs(len(texts[0]))]
-    size = len(pairs) // len(texts)
-    at = [n for n in range(len(texts)) for _ in range(size)]
-    first, second = ([texts[n][pair[side]] for n, pair in zip(at, pairs, strict=True)] for side in (0, 1))
+    """Win probability of the first of every pair of texts, by prompt and annotator, and what the judge is like."""
+    size = len(pairs[0])
+    at = [n for n in range(len(pairs)) for _ in range(size)]
+    first, second = ([pair[side] for of in pairs for pair in of] for side in (0, 1))
     asked = [prompts.texts[n] for n in at]
     columns = {name: [values[n] for n in at] for name, values in prompts.columns.items()}
-    wins: list[list[list[float]]] = [[] for _ in texts]
+    wins: list[list[list[float]]] = [[] for _ in pairs]
     judged = []
     for seat in panel.seats():
         told = {**columns, **{name: [value] * len(at) for name, value in seat.items()}}
@@ -155,25 +163,21 @@ def _judged(
             asked,
             first,
             second,
-            name=_seated(panel, seat),
+            name=panel.seated(seat),
             columns=told,
             batch_size=_BATCH,
             asymmetry=panel.asymmetry,
             ledger=ledger,
         )
         judged.append(found)
-        for n in range(len(texts)):
+        for n in range(len(pairs)):
             wins[n].append(found.wins[n * size : (n + 1) * size])
     numbers = {
-        "pairs": float(len(pairs) * len(judged)),
+        "pairs": float(len(at) * len(judged)),
         "asymmetry": max(found.asymmetry for found in judged),
         "decisive": max(found.decisive for found in judged),
     }
     return wins, numbers
-
-
-def _seated(panel: Panel, seat: Mapping[str, str]) -> str:
-    return panel.name + "".join(f" as {annotator}" for annotator in seat.values())
 
 
 def _pairs(samples: int) -> Iterator[tuple[int, int]]:

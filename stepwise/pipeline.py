@@ -17,6 +17,7 @@ from stepwise.display import Display
 from stepwise.encoding import tokenize_prompts
 from stepwise.errors import ConfigError, Uncertified
 from stepwise.evaluation import Estimate
+from stepwise.game_online_stage import run_online_game_stage
 from stepwise.game_stage import run_game_stage
 from stepwise.ledger import Ledger
 from stepwise.measure import evaluate
@@ -110,7 +111,8 @@ def _train(work: Workspace, name: str, place: Path, *, seed: int) -> None:
     if isinstance(stage, ScorerStage):
         run_scorer_stage(work, name, stage, place, seed=seed)
     elif isinstance(stage, GameStage):
-        run_game_stage(work, name, stage, place, seed=seed)
+        play = run_game_stage if stage.online is None else run_online_game_stage
+        play(work, name, stage, place, seed=seed)
     elif isinstance(stage, EpisodesStage):
         run_policy_gradient_stage(work, name, stage, place, seed=seed)
     else:

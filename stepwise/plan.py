@@ -183,15 +183,19 @@ def _game(recipe: Recipe, name: str, stage: GameStage, reader: Reader, bytes_of:
     training = recipe.training_of(name)
     found, notes = reader.rows(stage.data, reader.tokenize(stage, training))
     positions = longest_prompt(found, training.max_prompt_length) + stage.max_new_tokens
+    rows, rounds = None if found is None else reader.shown(found, pairs_to_come=False), stage.rounds
+    if stage.online is not None:
+        rounds = stage.online.iterations
+        rows = None if rows is None else replace(rows, kept=min(rows.kept, stage.online.prompts), certainty="")
     return StagePlan(
         name=name,
         objective=_objective(stage),
         beta=stage.beta,
-        rounds=stage.rounds,
+        rounds=rounds,
         epochs=training.epochs,
         batch_size=training.batch_size,
         micro_batch=training.micro_batch,
-        rows=None if found is None else reader.shown(found, pairs_to_come=False),
+        rows=rows,
         trainable=None if bytes_of is None else bytes_of.adapter(name),
         memory=None if bytes_of is None else bytes_of.training(name, found),
         sampling=None if bytes_of is None else bytes_of.sampling(name, PAIR_BATCH, positions),

@@ -9,10 +9,9 @@ last two iterations are kept: a run that is stopped anywhere goes on from the ne
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from stepwise.encoding import tokenize_texts
 from stepwise.episodes import Episodes
 from stepwise.errors import DataError, ModelError
 from stepwise.footprint import Footprint
+from stepwise.iterations import of_iteration, places
 from stepwise.methods import policy_gradient
 from stepwise.methods.policy_gradient import KLController, Ppo, WithDemonstrations
 from stepwise.recipe import EpisodesStage, PpoLagrangianStage, RaRlhfStage
@@ -37,12 +37,11 @@ from stepwise.scoring import Scorer
 from stepwise.stages import begin, commit, training_of
 from stepwise.targets import resolve
 from stepwise.tokens import Tokens
-from stepwise.train import Training, train
+from stepwise.train import train
 from stepwise.vigil import Vigil
 from stepwise.workspace import Workspace
 
 _SAMPLED = 256  # episodes sampled, scored and measured at once
-_AT_THE_END = 10**9  # steps; the last one is always saved
 
 
 def run_policy_gradient_stage(run: Workspace, name: str, stage: EpisodesStage, place: Path, *, seed: int) -> None:
@@ -215,16 +214,6 @@ def _check_start(run: Workspace, played: Episodes) -> None:
         )
 
 
-def places(count: int, size: int, *, iteration: int, seed: int) -> list[int]:
-    """Which `size` of `count` prompts an iteration asks: shuffled, each at most once a pass, what is left over is
-    dropped."""
-    iterations = count // size
-    order = np.random.default_rng([seed, iteration // iterations]).permutation(count)
-    first = iteration % iterations * size
-    found: list[int] = order[first : first + size].tolist()
-    return found
-
-
 def draw(prompts: Prompts, stage: EpisodesStage, iteration: int, seed: int) -> Prompts:
     """The prompts of an iteration."""
     size, count = stage.batch // stage.samples, len(prompts.ids)
@@ -235,22 +224,6 @@ def draw(prompts: Prompts, stage: EpisodesStage, iteration: int, seed: int) -> P
     chosen = places(count, size, iteration=iteration, seed=seed)
     columns = {name: [values[i] for i in chosen] for name, values in prompts.columns.items()}
     return Prompts([prompts.texts[i] for i in chosen], [prompts.ids[i] for i in chosen], columns)
-
-
-def of_iteration(training: Training, iteration: int, iterations: int) -> Training:
-    """Warm-up and decay of the learning rate run over the iterations; within one it is constant."""
-    rise = training.warmup * iterations
-    done = max(0.0, (iteration - rise) / (iterations - rise))
-    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[training.scheduler]
-    share = min(shape, (iteration + 1) / rise) if rise else shape
-    return replace(
-        training,
-        learning_rate=training.learning_rate * share,
-        scheduler="constant",
-        warmup=0.0,
-        save_every=training.save_every or _AT_THE_END,  # the next iteration begins with the last checkpoint
-        seed=(training.seed * 1_000_003 + iteration) % 2**32,
-    )
 
 
 class _Monitor:

@@ -13,6 +13,7 @@ from stepwise.recipe_judges import AnyJudge
 from stepwise.recipe_parts import (
     PROMPT_FORMATS,
     Conflict,
+    Count,
     CVaRRisk,
     Data,
     MeanRisk,
@@ -70,26 +71,42 @@ class Draws(Part):
     )
     gain: Annotated[float, Field(gt=0, le=1)] = Field(default=0.1, description="speed of tracker and follower per step")
 
-    def conflicts(self, risk: Risk) -> Iterator[Conflict]:
-        """Where correction, measure and number of draws do not fit; keys below `draws`."""
-        fitting = {
-            "jackknife": ("mean", "entropic", "evar", "mixture"),
-            "delta": ("entropic",),
-            "spacing": ("cvar",),
-            "tracker": ("entropic",),
-            "follower": ("cvar", "entropic"),
-        }.get(self.correction or "none")
-        if fitting is not None and risk.measure not in fitting:
-            wanted = f"risk {recipe_schema.listed(fitting)}, or another correction"
-            yield Conflict(("correction",), f"{self.correction} corrects no {risk.measure}", risk.measure, wanted)
-        if self.correction in ("jackknife", "delta", "tracker") and self.opponents < 2:
-            wanted = "two or more opponents, or correction: follower"
-            yield Conflict(("opponents",), "one draw says nothing of the bias", f"{self.opponents}", wanted)
-        if self.correction == "spacing" and isinstance(risk, CVaRRisk):
-            k = risk.alpha * self.opponents
-            if round(k) < 1 or abs(k - round(k)) > 1e-9:
-                got, wanted = f"alpha K = {k:g}", f"a multiple of {1 / risk.alpha:g} opponents, or correction: follower"
-                yield Conflict(("opponents",), "spacing needs alpha K to be a whole number", got, wanted)
+
+def correction_conflicts(correction: str | None, opponents: int, risk: Risk) -> Iterator[Conflict]:
+    """Where correction, measure and number of draws do not fit; keys below what holds the correction."""
+    fitting = {
+        "jackknife": ("mean", "entropic", "evar", "mixture"),
+        "delta": ("entropic",),
+        "spacing": ("cvar",),
+        "tracker": ("entropic",),
+        "follower": ("cvar", "entropic"),
+    }.get(correction or "none")
+    if fitting is not None and risk.measure not in fitting:
+        wanted = f"risk {recipe_schema.listed(fitting)}, or another correction"
+        yield Conflict(("correction",), f"{correction} corrects no {risk.measure}", risk.measure, wanted)
+    if correction in ("jackknife", "delta", "tracker") and opponents < 2:
+        wanted = "two or more opponents, or correction: follower"
+        yield Conflict(("opponents",), "one draw says nothing of the bias", f"{opponents}", wanted)
+    if correction == "spacing" and isinstance(risk, CVaRRisk):
+        k = risk.alpha * opponents
+        if round(k) < 1 or abs(k - round(k)) > 1e-9:
+            got, wanted = f"alpha K = {k:g}", f"a multiple of {1 / risk.alpha:g} opponents, or correction: follower"
+            yield Conflict(("opponents",), "spacing needs alpha K to be a whole number", got, wanted)
+
+
+class Online(Part):
+    """In place of one pool, iterations: responses and opponents are sampled from the current policy and judged."""
+
+    iterations: Count = Field(description="times that responses are sampled, judged and trained on")
+    prompts: Count = Field(default=64, description="prompts of an iteration; all of them at most")
+    opponents: Annotated[int, Field(ge=1, le=256)] = Field(
+        default=8, description="opponents of a prompt (K), the same for all its responses"
+    )
+    correction: Literal["none", "jackknife", "delta", "spacing"] | None = Field(
+        default=None,
+        description="what takes the bias of a risk of few draws away; null: jackknife for entropic, spacing for cvar "
+        "where alpha K is a whole number, else none",
+    )
 
 
 class GameStage(Part):
@@ -114,6 +131,7 @@ class GameStage(Part):
     annotators: Annotators | None = Field(
         default=None, description="groups that judge differently, and the risk over them; null: all judge alike"
     )
+    online: Online | None = Field(default=None, description="sample anew in every iteration; null: one pool per round")
     draws: Draws | None = Field(
         default=None, description="estimate payoffs from some opponents, as with few samples; null: from all, exactly"
     )
@@ -147,5 +165,14 @@ class GameStage(Part):
         if self.pool is not None and self.rounds > 1:
             wanted = "rounds: 1, or pool: null"
             yield Conflict(("rounds",), "a pool of one's own is not sampled anew", f"{self.rounds}", wanted)
-        for conflict in self.draws.conflicts(self.risk) if self.draws else ():
-            yield conflict._replace(key=("draws", *conflict.key))
+        for key, part in {"draws": self.draws, "online": self.online}.items():
+            for conflict in correction_conflicts(part.correction, part.opponents, self.risk) if part else ():
+                yield conflict._replace(key=(key, *conflict.key))
+        offline = {"draws": self.draws, "strata": self.strata, "pool": self.pool, "nash_md": self.nash_md or None}
+        for key, value in offline.items():
+            if self.online is not None and value is not None:
+                yield Conflict(
+                    (key,), "this needs a pool, and an online game has none", f"{key} and online", f"no {key}"
+                )
+        if self.online is not None and self.rounds > 1:
+            yield Conflict(("rounds",), "an online game samples anew by itself", f"{self.rounds}", "rounds: 1")

@@ -100,6 +100,12 @@ EVERYTHING: dict[str, Any] = {
             "data": {"path": "sandbox:train_prompts", "format": "prompts"},
             "judge": {"target": "./preference", "quantization": "nf4"},
         },
+        "played": {
+            "method": "game",
+            "data": {"path": "sandbox:train_prompts", "format": "prompts"},
+            "judge": "./judges.py:judge",
+            "online": {"iterations": 5},
+        },
         "tail": {
             "method": "ra_rlhf",
             "data": {"path": "sandbox:train_prompts", "format": "prompts"},
@@ -382,6 +388,9 @@ NUMBERS: dict[str, tuple[str, str]] = {
     "stages.game.max_new_tokens": (WHOLE, "1"),
     "stages.game.nash_md": (ANY, "0 0.5"),
     "stages.game.rounds": (WHOLE, "1"),
+    "stages.played.online.iterations": (WHOLE, "1"),
+    "stages.played.online.prompts": (WHOLE, "1"),
+    "stages.played.online.opponents": (WHOLE, "1"),
     "stages.game.draws.opponents": (WHOLE, "1"),
     "stages.game.draws.gain": (ANY, "1 0.5"),
     "stages.game.strata.anchor": (ANY, "1 0.5"),

@@ -147,12 +147,16 @@ class Game(nn.Module):
 
     def _log_prob(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, base: Tensor) -> Tensor:
         """Summed log-probability of every response under the active stack, (B, M)."""
-        labels_RT = labels[:, 1:]
-        keep_RT = labels_RT != -100
-        hidden_NH = self.policy.hidden(input_ids, attention_mask)[:, :-1][keep_RT]
-        log_prob_N = log_probs(hidden_NH, self.policy.head, labels_RT[keep_RT])
-        total_R = log_prob_N.new_zeros(len(labels)).index_add(0, keep_RT.nonzero()[:, 0], log_prob_N)
-        return total_R.view(base.shape)
+        return response_log_probs(self.policy, input_ids, attention_mask, labels).view(base.shape)
+
+
+def response_log_probs(policy: Policy, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+    """log pi of every response of a batch under the active stack, summed over its tokens, (R,)."""
+    labels_RT = labels[:, 1:]
+    keep_RT = labels_RT != -100
+    hidden_NH = policy.hidden(input_ids, attention_mask)[:, :-1][keep_RT]
+    log_prob_N = log_probs(hidden_NH, policy.head, labels_RT[keep_RT])
+    return log_prob_N.new_zeros(len(labels)).index_add(0, keep_RT.nonzero()[:, 0], log_prob_N)
 
 
 def response_field(number: int) -> str:
@@ -169,18 +173,22 @@ def batches(pad_id: int) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
         columns = [row["columns"] for row in rows]
-        fields = [response_field(i) for i in range(len(columns[0]["base"]))]
-        texts = [{"prompt_ids": row["prompt_ids"], "response_ids": row[name]} for row in rows for name in fields]
         return {
-            **text_batch(texts, pad_id=pad_id),
+            **response_batch(rows, len(columns[0]["base"]), pad_id),
             "wins": torch.tensor([of["wins"] for of in columns], dtype=torch.float64),
             "base": torch.tensor([of["base"] for of in columns], dtype=torch.float64),
             "prompt": torch.tensor([of["prompt"] for of in columns]),
-            "items": torch.tensor([len(rows)]),
-            "rows": torch.tensor([row["index"] for row in rows]),
         }
 
     return collate
+
+
+def response_batch(rows: Sequence[Mapping[str, Any]], samples: int, pad_id: int) -> Batch:
+    """The `samples` responses of every row, one after another, as in `text_batch`; an item is a row."""
+    fields = [response_field(i) for i in range(samples)]
+    texts = [{"prompt_ids": row["prompt_ids"], "response_ids": row[name]} for row in rows for name in fields]
+    about = {"items": torch.tensor([len(rows)]), "rows": torch.tensor([row["index"] for row in rows])}
+    return {**text_batch(texts, pad_id=pad_id), **about}
 
 
 def log_ratios(objective: Game, rows: Tokens, *, collate: Callable[..., Batch], batch_size: int) -> Tensor:

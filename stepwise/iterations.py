@@ -1,0 +1,38 @@
+"""What stages that sample anew in every iteration share: which prompts are asked, and how fast an iteration trains."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from stepwise.train import Training
+
+_AT_THE_END = 10**9  # steps; the last one is always saved
+
+
+def places(count: int, size: int, *, iteration: int, seed: int) -> list[int]:
+    """Which `size` of `count` prompts an iteration asks: shuffled, each at most once a pass, what is left over is
+    dropped."""
+    iterations = count // size
+    order = np.random.default_rng([seed, iteration // iterations]).permutation(count)
+    first = iteration % iterations * size
+    found: list[int] = order[first : first + size].tolist()
+    return found
+
+
+def of_iteration(training: Training, iteration: int, iterations: int) -> Training:
+    """Warm-up and decay of the learning rate run over the iterations; within one it is constant."""
+    rise = training.warmup * iterations
+    done = max(0.0, (iteration - rise) / (iterations - rise))
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[training.scheduler]
+    share = min(shape, (iteration + 1) / rise) if rise else shape
+    return replace(
+        training,
+        learning_rate=training.learning_rate * share,
+        scheduler="constant",
+        warmup=0.0,
+        save_every=training.save_every or _AT_THE_END,  # the next iteration begins with the last checkpoint
+        seed=(training.seed * 1_000_003 + iteration) % 2**32,
+    )
