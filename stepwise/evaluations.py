@@ -19,20 +19,23 @@ from typing import Any
 from stepwise import checkpoint, pipeline, recipe_file
 from stepwise.data import Loaded, load
 from stepwise.display import Display
-from stepwise.encoding import tokenize_prompts
+from stepwise.encoding import tokenize_prompts, tokenize_texts
 from stepwise.errors import CheckpointError, ConfigError
 from stepwise.evaluation import Estimate
 from stepwise.measure import Subject, anchor_of, measure
+from stepwise.policy import Policy
 from stepwise.recipe import Evaluate, Recipe, read_evaluate
+from stepwise.recipe_parts import Data
 from stepwise.run_folder import RunFolder, chosen_scale
 from stepwise.sampling import context, fingerprint
 from stepwise.targets import check
 from stepwise.targets import fingerprint as scorer_fingerprint
+from stepwise.tokens import Tokens
 from stepwise.workspace import as_prompts, source
 
 FOLDER, ABOUT, METRICS = "evaluations", "about.json", "metrics.json"
 
-_NOT_INHERITED = ("data", "strata", "policies")  # they belong to the prompts of the recipe
+_NOT_INHERITED = ("data", "strata", "texts", "policies")  # they belong to the prompts of the recipe
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 
 
@@ -130,7 +133,15 @@ def _evaluate(asked: Request, name: str, loaded: Loaded, subject: Subject, displ
             loaded.rows, subject.policy.tokenizer, template=asked.template, max_prompt_length=longest
         )
         display.say(f"  {tokens.counts}")
-        return measure(subject, part, as_prompts(loaded, tokens), folder=folder, seed=asked.seed, display=display)
+        texts = None if part.texts is None else _texts(asked, part.texts, subject.policy)
+        prompts = as_prompts(loaded, tokens)
+        return measure(subject, part, prompts, texts, folder=folder, seed=asked.seed, display=display)
+
+
+def _texts(asked: Request, data: Data, policy: Policy) -> Tokens:
+    limit = context(policy) if asked.recipe is None else asked.recipe.training.max_length
+    rows = load(source(data)).rows
+    return tokenize_texts(rows, policy.tokenizer, template=asked.template, max_length=limit, eos_id=policy.eos_id)
 
 
 def _subject(asked: Request) -> Subject:

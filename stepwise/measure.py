@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +20,11 @@ from stepwise import checkpoint
 from stepwise import samples as sample_files
 from stepwise.curves import Resampling, curves, drift
 from stepwise.display import Display
+from stepwise.encoding import tokenize_texts
 from stepwise.errors import ConfigError, DataError
 from stepwise.evaluation import Estimate, compare, summarise
 from stepwise.evaluation_table import render
+from stepwise.human_text import Surprise, perplexities, surprise
 from stepwise.ledger import Ledger, digest
 from stepwise.policy import Policy
 from stepwise.recipe import SELECTED, Evaluate, Recipe
@@ -33,6 +36,7 @@ from stepwise.sampling import Decoding, Prompts, fingerprint
 from stepwise.scoring import Scorer, score
 from stepwise.targets import fingerprint as scorer_fingerprint
 from stepwise.targets import resolve
+from stepwise.tokens import Tokens
 from stepwise.workspace import Workspace
 
 _SCORES = ("rewards/", "cost/", "length")
@@ -70,11 +74,17 @@ def evaluate(run: Workspace, *, anew: bool = False) -> list[Estimate]:
     """
     part = run.recipe.evaluate
     assert part is not None
-    prompts = run.prompts(run.load(part.data), max_prompt_length=run.recipe.training.max_prompt_length)
+    limits = run.recipe.training
+    prompts = run.prompts(run.load(part.data), max_prompt_length=limits.max_prompt_length)
+    texts = None
+    if part.texts is not None:
+        eos_id = run.policy.eos_id
+        texts = run.tokens(tokenize_texts, run.load(part.texts), max_length=limits.max_length, eos_id=eos_id)
     subject = Subject(run.policy, list(run.recipe.stages), anchor_of(run.recipe), chosen_scale(run.folder))
     if subject.selected is None and part.policies is not None:  # nothing was certified
         part = part.model_copy(update={"policies": tuple(name for name in part.policies if name != SELECTED)})
-    return measure(subject, part, prompts, folder=run.folder.path, seed=run.recipe.seed, display=run.display, anew=anew)
+    place, seed = run.folder.path, run.recipe.seed
+    return measure(subject, part, prompts, texts, folder=place, seed=seed, display=run.display, anew=anew)
 
 
 def anchor_of(recipe: Recipe) -> list[str]:
@@ -88,25 +98,35 @@ def measure(
     subject: Subject,
     part: Evaluate,
     prompts: Prompts,
+    texts: Tokens | None = None,
     *,
     folder: Path,
     seed: int,
     display: Display,
     anew: bool = False,
 ) -> list[Estimate]:
-    """Measure the policies of `part` on `prompts`; print the tables, write samples and `metrics.json` to `folder`.
+    """Measure the policies of `part` on `prompts` and the perplexity of `texts`; print the tables, write samples,
+    `metrics.json` and `curves.json` to `folder`.
 
     Raises `ConfigError` when a policy does not exist, `DataError` when a prompt has no stratum, and what sampling and
     scoring raise; what was finished before is kept, and the same call goes on behind it.
     """
     about = {key: scorer_fingerprint(scorer) for key, scorer in {**part.rewards, **part.costs}.items()}
     ledger = Ledger.beside(folder / "samples", about)
-    work = _Work(subject, part, prompts, folder, seed, display, ledger)
-    found = list(work.measured(anew=anew))
+    work = _Work(subject, part, prompts, texts, folder, seed, display, ledger)
+    found, read = [], {}
+    for name in work.named():
+        found.append(work.sampled(name, anew=anew))
+        if texts is not None:
+            read[name] = work.surprised(name, texts)
     options: dict[str, Any] = {"tail": part.tail, "violation": part.violation, "bootstrap": part.bootstrap}
     options |= {"confidence": part.confidence, "seed": seed}
     estimates = summarise(found, **options)
+    drawn: dict[str, Any] = {"bootstrap": part.bootstrap, "confidence": part.confidence, "seed": seed}
+    of_texts = list(perplexities(read, **drawn))
+    estimates += [e for e in of_texts if e.kind == "level"]
     changes = [change for before, after in pairwise(found) for change in compare(after, before, **options)]
+    changes += [e for e in of_texts if e.kind != "level"]
     text = json.dumps([asdict(e) for e in (*estimates, *changes)], indent=1, allow_nan=False)
     checkpoint.write_text(folder / "metrics.json", text)
     checkpoint.write_text(folder / "curves.json", json.dumps(_curves(work, found), allow_nan=False))
@@ -137,46 +157,67 @@ class _Work:
     subject: Subject
     part: Evaluate
     prompts: Prompts
+    texts: Tokens | None
     folder: Path
     seed: int
     display: Display
     ledger: Ledger
 
-    def measured(self, *, anew: bool) -> Iterator[Samples]:
-        """The samples of every policy, saved."""
+    def named(self) -> list[str]:
+        """The policies to measure."""
         names = list(self.part.policies or self.subject.names)
         for name in names:
             if name not in self.subject.names:
                 wanted = one_of(self.subject.names, near=name)
                 raise ConfigError("there is no such policy", where=self.folder, got=repr(name), wanted=wanted)
-        strata = _strata(self.prompts, self.part.strata)
-        scorers = functools.cache(lambda: [_resolved(self.part.rewards), _resolved(self.part.costs)])
-        adapters = self.subject.adapters
-        for name in names:
-            stack, scale = self.subject.stack(name)
-            if adapters:
-                self.subject.policy.scale(adapters[-1], scale)
-            try:
-                yield self._policy(name, stack, strata, scorers, anew=anew)
-            finally:
-                if adapters:
-                    self.subject.policy.scale(adapters[-1], 1.0)
+        return names
 
-    def _policy(self, name: str, stack: Sequence[str], strata: Sequence[str], scorers: Any, *, anew: bool) -> Samples:
+    def sampled(self, name: str, *, anew: bool) -> Samples:
+        """The samples of a policy, saved."""
+        with self._acting(name) as stack:
+            return self._policy(name, stack, anew=anew)
+
+    def surprised(self, name: str, texts: Tokens) -> Surprise:
+        """What it makes of texts by people."""
+        with self._acting(name) as stack, self.subject.policy.using(stack):
+            return surprise(self.subject.policy, texts, batch_size=self.part.batch_size, ledger=self.ledger)
+
+    @contextmanager
+    def _acting(self, name: str) -> Iterator[list[str]]:
+        """The adapters of a policy, the last of all at the strength that it has in it."""
+        stack, scale = self.subject.stack(name)
+        adapters = self.subject.adapters
+        if adapters:
+            self.subject.policy.scale(adapters[-1], scale)
+        try:
+            yield stack
+        finally:
+            if adapters:
+                self.subject.policy.scale(adapters[-1], 1.0)
+
+    @functools.cached_property
+    def _strata(self) -> list[str]:
+        return _strata(self.prompts, self.part.strata)
+
+    @functools.cached_property
+    def _scorers(self) -> tuple[dict[str, Scorer], dict[str, Scorer]]:
+        return _resolved(self.part.rewards), _resolved(self.part.costs)
+
+    def _policy(self, name: str, stack: Sequence[str], *, anew: bool) -> Samples:
         part, policy, anchor = self.part, self.subject.policy, self.subject.anchor
         decoding = Decoding(part.max_new_tokens, part.temperature, batch_size=part.batch_size, seed=self.seed)
         path = self.folder / "samples" / f"{name}.parquet"
         policies = [_fingerprint(policy, adapters) for adapters in (stack, anchor, [])]
         scored = [list(part.rewards), list(part.costs), dict(self.ledger.about)]
-        key = digest(policies, self.prompts, asdict(decoding), part.samples, strata, scored)
+        key = digest(policies, self.prompts, asdict(decoding), part.samples, self._strata, scored)
         found = None if anew else sample_files.read(path, name, key=key)
         if found is not None:
             self.display.say(f"{name}: evaluated earlier")
             return found
         self.display.say(f"evaluating {name}")
-        rewards, costs = scorers()
+        rewards, costs = self._scorers
         measures = Measures(rewards, costs, anchor, part.samples)
-        told: dict[str, Any] = {"stack": stack, "measures": measures, "stratum": strata, "ledger": self.ledger}
+        told: dict[str, Any] = {"stack": stack, "measures": measures, "stratum": self._strata, "ledger": self.ledger}
         sample_files.write(path, rollout(policy, self.prompts, decoding, **told), key=key)
         found = sample_files.read(path, name, key=key)
         assert found is not None

@@ -21,6 +21,7 @@ from stepwise.recipe_file import shipped
 from stepwise.recipe_games import GameStage
 from stepwise.recipe_parts import (
     PROMPT_FORMATS,
+    SFT_FORMATS,
     Conflict,
     CVaRRisk,
     Data,
@@ -131,6 +132,9 @@ class Evaluate(Part):
         default={},
         description="rewards/name or cost/name: prompts at most as good, or at least as harmful, count as hard",
     )
+    texts: Data | None = Field(
+        default=None, description="held-out text by people, whose perplexity under every policy is measured"
+    )
     policies: Names | None = Field(
         default=None, description="stage names, base, and selected where there is a `select`; null is all of them"
     )
@@ -141,6 +145,9 @@ class Evaluate(Part):
         if self.data.format not in PROMPT_FORMATS:
             wanted = recipe_schema.listed(PROMPT_FORMATS)
             found.append(Conflict(("data", "format"), "these rows hold no prompts to answer", self.data.format, wanted))
+        if self.texts is not None and self.texts.format not in SFT_FORMATS:
+            wanted = recipe_schema.listed(SFT_FORMATS)
+            found.append(Conflict(("texts", "format"), "these rows hold no texts", self.texts.format, wanted))
         if not self.rewards and not self.costs:
             found.append(Conflict(("costs",), "there is nothing to measure", "no rewards, no costs", "at least one"))
         if both := sorted(self.rewards.keys() & self.costs.keys()):

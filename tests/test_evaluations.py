@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
 import small_models
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner, Result
 
 from stepwise import evaluations, rollout
 from stepwise.cli import app
 from stepwise.display import Display
 from stepwise.errors import CheckpointError, ConfigError, DataError, ModelError, ScoreError
+from stepwise.human_text import perplexities
 
 HERE = "test_evaluations"
 OPTIONS = [f"costs.harm={HERE}:harm", f"rewards.joy={HERE}:joy", "max_new_tokens=6", "samples=2", "batch_size=4"]
@@ -202,3 +206,33 @@ def test_a_threshold_of_an_unknown_score_is_refused(model: Path, tmp_path: Path)
     prompts = [write(tmp_path / "p.jsonl", 4)]
     with pytest.raises(ConfigError, match=r"no such score.*rewards/joy"):
         evaluated(model, prompts, tmp_path / "out", "thresholds={rewards/joi: 0}")
+
+
+def test_the_perplexity_of_texts_by_people_is_that_of_the_model(model: Path, tmp_path: Path) -> None:
+    prompts = [write(tmp_path / "near.jsonl", 4)]
+    texts = [small_models.words([3 + 7 * i, 5, *range(20, 24 + i)]) for i in range(5)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    evaluated(model, prompts, tmp_path, f"texts.path={tmp_path}/texts.jsonl", "texts.format=text")
+    entries = json.loads((tmp_path / "near" / "metrics.json").read_text())
+    (found,) = [entry for entry in entries if entry["metric"] == "texts/perplexity"]
+    nats, tokens = 0.0, 0
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(model).float(), AutoTokenizer.from_pretrained(model)
+    for text in texts:
+        ids = [*tokenizer(text).input_ids, tokenizer.eos_token_id]  # no BOS here: nothing predicts the first word
+        with torch.no_grad():
+            log_p = plain(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        nats -= float(log_p.gather(-1, torch.tensor(ids[1:])[:, None]).sum())
+        tokens += len(ids) - 1
+    assert found["value"] == pytest.approx(math.exp(nats / tokens), rel=2e-3)
+    assert found["low"] < found["value"] < found["high"] and found["prompts"] == 5
+
+
+def test_the_change_of_perplexity_is_paired_by_text() -> None:
+    before = [(2.0, 2), (30.0, 10), (1.0, 4)]
+    after = [(2.2, 2), (31.0, 10), (1.8, 4)]  # a tenth of a nat more on each token, two tenths in the last text
+    *levels, change = perplexities({"one": before, "two": after}, bootstrap=200, confidence=0.9, seed=3)
+    assert [level.value for level in levels] == pytest.approx([math.exp(33 / 16), math.exp(35 / 16)])
+    assert (change.kind, change.policy, change.baseline) == ("relative", "two", "one")
+    assert change.value == pytest.approx(math.exp(2 / 16) - 1)
+    assert change.low is not None and change.high is not None
+    assert math.exp(0.1) - 1 - 1e-9 <= change.low < change.value < change.high <= math.exp(0.2) - 1 + 1e-9

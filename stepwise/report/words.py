@@ -21,6 +21,7 @@ _PLAIN = {
     "tokens": "length, tokens",
     "unfinished": "cut off before the end",
     "perplexity": "perplexity under the base",
+    "texts/perplexity": "perplexity of held-out text",
     "distinct_1": "distinct words",
     "distinct_2": "distinct bigrams",
     "distinct_3": "distinct trigrams",
