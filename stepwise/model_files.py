@@ -16,7 +16,8 @@ from stepwise.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
 _LARGEST_RANK = 2**14
-_FREE = {"base_model_name_or_path", "inference_mode", "peft_version", "revision"}  # say nothing of what is computed
+# These say nothing of what is computed; peft finds out by itself which layers are Conv1D, as those of GPT-2 are.
+_FREE = {"base_model_name_or_path", "fan_in_fan_out", "inference_mode", "peft_version", "revision"}
 
 
 class LoraFile(NamedTuple):

@@ -252,9 +252,12 @@ def test_wrong_names_and_strengths_are_refused(bases: Callable[[str], str]) -> N
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_saved_stack_is_loaded_bit_for_bit(bases: Callable[[str], str], tmp_path: Path) -> None:
-    policy = stacked(bases("llama"), "a", "b")
-    other = loaded(bases("llama"))
+@pytest.mark.parametrize(("base", "quantization"), [("llama", "nf4"), ("gpt2", "none")])
+def test_a_saved_stack_is_loaded_bit_for_bit(
+    bases: Callable[[str], str], tmp_path: Path, base: str, quantization: str
+) -> None:
+    policy = stacked(bases(base), "a", "b", quantization=quantization)
+    other = loaded(bases(base), quantization=quantization)
     for name in "ab":
         policy.save_adapter(name, tmp_path / name)
         other.load_adapter(name, tmp_path / name)
