@@ -7,6 +7,7 @@ their name; a folder that is there is whole, was compared, and carries a model c
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import shutil
 import tempfile
@@ -200,6 +201,8 @@ def export(
 
     def fill(target: Path) -> None:
         trained = write(target)
+        gc.collect()  # the policy makes room for the model it is compared with
+        torch.cuda.empty_cache()
         display.say("comparing it with the policy")
         fidelity = _compared(trained, form, target)
         if not fidelity.kl <= bound:

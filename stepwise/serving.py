@@ -45,16 +45,18 @@ ENGINES = {
 def start_of(engine: str | None) -> list[str]:
     """How the engine that is asked for is started; of the first that is installed where None is.
 
-    Raises `ConfigError` where it is not installed.
+    Raises `ConfigError` where it is not installed, or not known.
     """
-    asked = [engine] if engine is not None else list(ENGINES)
-    for name in asked:
-        if name in ENGINES and (found := ENGINES[name].program()) is not None:
+    if engine is not None and engine not in ENGINES:
+        raise ConfigError("There is no such server", got=repr(engine), wanted=f"one of {', '.join(ENGINES)}")
+    asked = {name: part for name, part in ENGINES.items() if engine in (None, name)}
+    for part in asked.values():
+        if (found := part.program()) is not None:
             return found
     raise ConfigError(
-        "No server to hand the model to is installed" if engine is None else f"The server {engine!r} is not installed",
-        wanted="; or ".join(f"{name}: {part.needs}" for name, part in ENGINES.items() if engine in (None, name))
-        or f"one of {', '.join(ENGINES)}",
+        "No server to hand the model to is installed",
+        where="the PATH, for vllm; this environment, for transformers",
+        wanted="; or ".join(f"{name}: {part.needs}" for name, part in asked.items()),
     )
 
 
@@ -83,6 +85,8 @@ def merged(run: Path, *, strength: float | None, max_kl: float | None, display: 
         return target
     from stepwise import export
 
-    display.say(f"exporting to {target}")
-    export.export(run, target, export.Merged(export.SHARD), strength=q, max_kl=max_kl, display=display)
+    with checkpoint.exclusive(target.parent):
+        checkpoint.sweep(target.parent)  # what a killed one left
+        display.say(f"exporting to {target}")
+        export.export(run, target, export.Merged(export.SHARD), strength=q, max_kl=max_kl, display=display)
     return target

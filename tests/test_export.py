@@ -283,6 +283,11 @@ def test_an_export_that_is_not_the_policy_is_not_kept_unless_told(copied: Path, 
     assert f"{done.fidelity.kl:.2g} nats per token" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_no_bound_is_told_as_none(copied: Path, tmp_path: Path) -> None:
+    done = stepwise("export", copied, "--adapter", tmp_path / "out", "--max-kl", "inf", "--json", "--quiet")
+    assert (done.exit_code, json.loads(done.stdout)["bound"]) == (0, None)
+
+
 def test_a_disk_that_is_too_small_is_found_before_anything_is_written(copied: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"too small for the export.*GB free.*1152921504\.67 GB"):
         exported(copied, tmp_path / "deep" / "out", Huge(10**9))

@@ -130,7 +130,7 @@ Shown = Callable[..., None]  # given a voice, a piece of its text, and the answe
 def _panels(talk: Chat, console: Console) -> Iterator[Shown]:
     """The answers side by side, as they grow."""
     texts, below = dict.fromkeys(talk.voices, ""), dict.fromkeys(talk.voices, "")
-    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+    with Live(console=console, auto_refresh=False) as live:
 
         def shown(voice: str, piece: str, answer: Answer | None = None) -> None:
             texts[voice] += piece

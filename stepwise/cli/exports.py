@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,6 +68,6 @@ def export(
         f"{kept.tokens} tokens of {kept.responses} held-out responses; bound {done.bound:g}"
     )
     address = None if push is None else hub.push(done.folder, push)
-    show(
-        told if address is None else f"{told}\n{address}", {**asdict(done), "folder": str(done.folder), "hub": address}
-    )
+    bound = done.bound if math.isfinite(done.bound) else None
+    data = {**asdict(done), "folder": str(done.folder), "bound": bound, "hub": address}
+    show(told if address is None else f"{told}\n{address}", data)
