@@ -40,6 +40,12 @@ _BUG = (
     "before is whole. The same command with --debug shows the traceback, which belongs in a report of the bug."
 )
 
+# As work goes: find a recipe, run it, read, talk, measure, pass on; then cost models, data and editors.
+ORDER = (
+    *("ls", "cp", "check", "plan", "run", "report", "chat", "evaluate", "judge", "export", "serve"),
+    *("probe", "pairs", "schema"),
+)
+
 _asked: set[str] = set()  # which of the options that every command has this call gives
 
 
@@ -68,6 +74,9 @@ class _Commands(TyperGroup):
         shared.command()(_every_command)
         for command in (self, *self.commands.values()):
             command.params += typer.main.get_command(shared).params
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=ORDER.index)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _asked.clear()  # one process may make several calls
