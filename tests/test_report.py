@@ -276,3 +276,20 @@ def test_the_hardest_prompts_have_a_figure_per_score_that_their_numbers_draw(run
     assert list(figures) == ["cost harm", "reward joy"]  # costs first
     assert figures["cost harm"].count("FillBetween") == 2  # a band per policy; no difference, nothing that is no row
     assert figures["cost harm"] != drawn(row("base", [9.0, 5.0]), row("safe", [4.0, 2.0]))[1]["cost harm"]
+
+
+def test_drift_is_drawn_over_blocks_of_a_hundred_prompts_or_more(run: Path, tmp_path: Path) -> None:
+    def row(metric: str, policy: str, size: int) -> dict[str, Any]:
+        first = [0, size, 2 * size]
+        ends = {"value": [1.0, 2.0, 4.0], "low": [0.5, 1.5, 3.5], "high": [1.5, 2.5, 4.5]}
+        return {"metric": metric, "policy": policy, "first": first, "last": [at + size - 1 for at in first], **ends}
+
+    def drawn(*rows: Any) -> dict[str, str]:
+        (tmp_path / "curves.json").write_text(json.dumps({"drift": list(rows)}))
+        named = [("run", read_runs([run])[0], read_evaluation(tmp_path, name="", order=[], marks=[]))]
+        return {title: picture.svg for title, (picture,) in curves.over_time(named, {"base": 0, "safe": 1})}
+
+    found = drawn(row("nll", "base", 100), row("cost/harm/cvar", "base", 100), row("cost/harm/cvar", "safe", 100), {})
+    assert len(found) == 2 and next(iter(found)).startswith("cost harm")  # costs first
+    assert [svg.count("FillBetween") for svg in found.values()] == [2, 1]
+    assert drawn(row("nll", "base", 99)) == {} == drawn(row("unfinished", "base", 500))

@@ -161,6 +161,17 @@ def hardness(curves: Sequence[Curve], *, name: str, limits: Limits) -> str:
     return sheet.svg
 
 
+def drift(curves: Sequence[Curve], *, name: str, limits: Limits) -> str:
+    """A metric over blocks of prompts in the order they were answered, with intervals."""
+    with _sheet(4.6, 2.7, label=f"{name} over the prompts in their order, a line per policy") as sheet:
+        axes = sheet.axes
+        for curve in curves:
+            _band(axes, curve)
+            axes.plot(curve.x, curve.y, color=_COLOURS[curve.colour], marker="o", markersize=2.2)
+        axes.set(xlabel="prompt", ylabel=name, ylim=limits)
+    return sheet.svg
+
+
 def _band(axes: Any, curve: Curve) -> None:
     if curve.low is not None and curve.high is not None:
         band = np.array([[np.nan if v is None else v for v in side] for side in (curve.low, curve.high)])

@@ -153,6 +153,7 @@ def _shown(group: Group, colours: Mapping[str, int]) -> dict[str, Any]:
         "strata": pictures.by_stratum(members, colours),
         "hardness": curves.over_hard_prompts(members, colours),
         "told_of_hardness": curves.told(members),
+        "drift": curves.over_time(members, colours),
     }
 
 
