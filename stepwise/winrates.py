@@ -191,13 +191,17 @@ def _own(policy: str, sides: Sequence[Floats], draws: _Draws, options: Options) 
 
 
 def _blocks(wins_PMM: Floats) -> Iterator[tuple[Floats, Floats]]:
-    """Half of the replies of both against each other, and the replies that are in neither; none where M = 1."""
+    """Half of the replies of both against each other, and the other halves; none where M = 1.
+
+    Both times it is the same half of both: policies that are sampled with one seed draw their i-th replies from one
+    stream of random numbers, so a's even replies are like b's even ones, and a block of evens against odds would be
+    the mirror of the one it is compared with.
+    """
     if min(wins_PMM.shape[1:]) < 2:
         return
     ours, theirs = halves(wins_PMM.shape[1]), halves(wins_PMM.shape[2])
     for h in (0, 1):
-        for g in (0, 1):
-            yield wins_PMM[:, ours[h]][:, :, theirs[g]], wins_PMM[:, ours[1 - h]][:, :, theirs[1 - g]]
+        yield wins_PMM[:, ours[h]][:, :, theirs[h]], wins_PMM[:, ours[1 - h]][:, :, theirs[1 - h]]
 
 
 def _mean(x_P: Floats, counts_RP: Floats) -> Floats:
