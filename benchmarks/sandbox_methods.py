@@ -30,7 +30,7 @@ VARIANTS = {
     "TDPO2 (mean)": ["stages.safe.alpha=0.5", "stages.safe.risk={measure: mean}"],
     "SACPO (alpha 0)": ["stages.safe.alpha=0", "stages.safe.risk={measure: mean}"],
 }
-FIXED = ["constraints=null", "select=null", "stages.safe.multiplier=null"]
+FIXED = ["select=null", "constraints=null", "stages.safe.multiplier=null"]
 RELATIVE = {
     "reward": "rewards/helpfulness",
     "CVaR": "cost/harm/cvar",
@@ -42,7 +42,7 @@ LEVEL = {"KL": "kl", "well-formed": "rewards/wellformed", "NLL": "nll"}
 
 def variant(base: Path, folder: Path, overrides: list[str]) -> Path:
     """Run the quickstart with other settings of its safe stage, from the finished stages of `base`."""
-    recipe = load("quickstart", [*overrides, *FIXED, "evaluate.policies=[helpful, safe]"])
+    recipe = load("quickstart", [*overrides, "select=null", "evaluate.policies=[helpful, safe]"])
     if not (folder / "recipe.yaml").exists():
         (folder / "stages").mkdir(parents=True)
         for part in ("sandbox", "stages/01-sft", "stages/02-helpful"):
@@ -97,7 +97,7 @@ def main() -> None:
         show(f"quickstart, seed {seed} ({time.monotonic() - started:.0f} s)", row(base))
         for name in chosen.variants:
             for beta in chosen.betas:
-                settings = [*seeds, *VARIANTS[name], "stages.safe.lambda=null", f"stages.safe.beta={beta}"]
+                settings = [*seeds, *VARIANTS[name], *FIXED, "stages.safe.lambda=null", f"stages.safe.beta={beta}"]
                 values = row(variant(base, base.parent / f"{name.split()[0]}-{beta}", settings))
                 means.setdefault(f"{name}, beta {beta}", []).append(values)
                 show(f"{name}, beta {beta}, seed {seed}", values)
