@@ -19,6 +19,7 @@ from stepwise.report import curves, winrates
 from stepwise.report.evaluations import read_evaluation
 from stepwise.report.page import write_report
 from stepwise.report.record import read_runs
+from stepwise.run_folder import Log
 
 HOSTILE = "</script><script>window.ran = 1</script><img src=x onerror='window.ran = 2'>{{ 7 * 7 }}"
 
@@ -276,6 +277,12 @@ def test_the_hardest_prompts_have_a_figure_per_score_that_their_numbers_draw(run
     assert list(figures) == ["cost harm", "reward joy"]  # costs first
     assert figures["cost harm"].count("FillBetween") == 2  # a band per policy; no difference, nothing that is no row
     assert figures["cost harm"] != drawn(row("base", [9.0, 5.0]), row("safe", [4.0, 2.0]))[1]["cost harm"]
+
+
+def test_steps_that_were_taken_back_are_no_training(copy: Path) -> None:
+    before = [len(stage.lines) for stage in read_runs([copy])[0].stages]
+    Log(copy / "log.jsonl").write({"stage": "safe", "trial": True, "iteration": 1, "step": 1, "loss": 99.0})
+    assert [len(stage.lines) for stage in read_runs([copy])[0].stages] == before
 
 
 def test_drift_is_drawn_over_blocks_of_a_hundred_prompts_or_more(run: Path, tmp_path: Path) -> None:

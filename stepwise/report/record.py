@@ -110,7 +110,7 @@ def _stages(path: Path, parts: Mapping[str, Any], marks: list[str]) -> list[Stag
     for number, (name, part) in enumerate(parts.items(), 1):
         place = RunFolder(path).stage(number, name)
         metrics = _mapping(read_json(place / "metrics.json", marks))
-        own = [line for line in lines if line.get("stage") == name]
+        own = [line for line in lines if line.get("stage") == name and not line.get("trial")]  # those were taken back
         found.append(Stage(name, _mapping(part), (place / "adapter").is_dir(), metrics, own))
     return found
 
