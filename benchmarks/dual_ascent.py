@@ -4,9 +4,9 @@
 
 The quickstart runs once; every variant starts from its helpful policy. Its loss is `ipo`, which trains every pair to a
 gap of lambda / (2 beta_1) nats, so that lambda is a price that a short stage feels; three rounds of pairs, two epochs
-each, lambda moved every five steps by the CVaR 10 % of 100 sampled answers. No selection: what is printed is the CVaR
-of the policy as it ended, over 400 held-out prompts with four answers each and its 95 % interval, next to the limit,
-and the seconds beside those of the same stage at a fixed lambda.
+each, lambda moved every few steps by the CVaR 10 % of 100 sampled answers. No selection: what is printed is the CVaR of
+the policy as it ended, over 400 held-out prompts with four answers each and its 95 % interval, next to the limit, and
+the seconds beside those of the same stage at a fixed lambda.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STAGE = [
     "stages.safe.training={learning_rate: 1e-3, epochs: 2}",
     "evaluate.samples=4",
 ]
-ASCENT = "{kind: dual_ascent, lr: 0.1, every: 5, margin: 0, min: 0.01, max: 10, smoothing: 0.5}"
+ASCENT = "kind: dual_ascent, lr: 0.1, margin: 0, min: 0.01, max: 10, smoothing: 0.5"
 
 
 def entry(folder: Path, metric: str, kind: str) -> dict[str, Any]:
@@ -55,6 +55,7 @@ def trace(folder: Path) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lambdas", type=float, nargs="+", default=[0.1, 0.5, 2])
+    parser.add_argument("--every", type=int, default=5, help="steps between two moves of lambda")
     parser.add_argument("--limit", type=float, default=6)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs/dual_ascent"))
@@ -66,7 +67,7 @@ def main() -> None:
     print(f"limit {chosen.limit:g}")
     for first in [None, *chosen.lambdas]:
         value = chosen.lambdas[0] if first is None else first
-        moved = FIXED if first is None else [f"stages.safe.multiplier={ASCENT}"]
+        moved = FIXED if first is None else [f"stages.safe.multiplier={{{ASCENT}, every: {chosen.every}}}"]
         settings = [*seeds, *STAGE, f"stages.safe.lambda={value:g}", *moved]
         started = time.process_time()
         folder = variant(base, chosen.output / ("fixed" if first is None else f"from-{first:g}"), settings)
