@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -137,7 +138,7 @@ class _Board:
     def curves(self) -> Iterator[dict[str, Any]]:
         points = min(POINTS, len(self.order))
         share_Q = np.arange(1, points + 1) / max(points, 1)
-        drawn = self._drawn()
+        drawn = self._drawn
         first: tuple[Floats, Floats] | None = None
         for sample in self.samples if points else ():
             sums, numbers = cumulative(*self._scores(sample), drawn, share_Q)
@@ -163,7 +164,7 @@ class _Board:
         for rule, at, among in rules:
             share_Q = np.array([self.how.tail if rule == "share" else 1.0])
             first: Floats | None = None
-            drawn = self._drawn()[:, :among]  # of the hardest, those drawn
+            drawn = self._drawn[:, :among]  # of the hardest, those drawn
             for sample in self.samples:
                 total_P, size_P = self._scores(sample)
                 sums, numbers = cumulative(total_P[:among], size_P[:among], drawn, share_Q)
@@ -175,6 +176,7 @@ class _Board:
                     yield {**about, "baseline": self.samples[0].policy, **self._number(value_R - first)}
                 first = value_R if first is None else first
 
+    @cached_property
     def _drawn(self) -> Any:
         return draw_prompts(len(self.order), bootstrap=self.how.bootstrap, seed=self.how.seed)
 

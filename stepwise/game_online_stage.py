@@ -23,7 +23,7 @@ from stepwise.footprint import Footprint
 from stepwise.game_estimates import ESTIMATORS
 from stepwise.game_parts import panel_of, payoff_of
 from stepwise.game_pool import Panel
-from stepwise.iterations import of_iteration, places
+from stepwise.iterations import folder_of, number_of, of_iteration, places
 from stepwise.methods import game
 from stepwise.methods.online_game import OnlineGame, online_batches
 from stepwise.recipe_games import GameStage, Online
@@ -49,17 +49,17 @@ def run_online_game_stage(run: Workspace, name: str, stage: GameStage, place: Pa
     save = partial(run.policy.save_adapter, name)
     if not (place / "start").is_dir():
         commit(run, place / "start", save)
-    begun = max((int(part.parent.name[-5:]) for part in place.glob("iteration-*/players")), default=0)
+    begun = max((number_of(part.parent) for part in place.glob("iteration-*/players")), default=0)
     numbers: dict[str, float] = {}
     with run.display.bar(name) as bar:
         for iteration in range(begun, stage.online.iterations):
-            part, before = _folder(place, iteration), _folder(place, iteration - 1)
+            part, before = folder_of(place, iteration), folder_of(place, iteration - 1)
             monitor = StageMonitor(run, bar, {"stage": name, "iteration": iteration})
             start = checkpoint.newest(before / "checkpoints", warn=monitor.warn) if iteration else None
             asked = table.draw(prompts, iteration)
             numbers = table.play(part, start, place / "start", asked, iteration, monitor)
             if run.main and iteration > 1:
-                shutil.rmtree(_folder(place, iteration - 2), ignore_errors=True)
+                shutil.rmtree(folder_of(place, iteration - 2), ignore_errors=True)
     if run.main:
         checkpoint.write_text(place / "metrics.json", json.dumps({**footprint.numbers(), **numbers}, indent=1))
     commit(run, place / "adapter", save)
@@ -77,9 +77,8 @@ class _Table:
 
     def draw(self, prompts: Prompts, iteration: int) -> Prompts:
         """The prompts of an iteration."""
-        chosen = places(len(prompts.ids), min(self.how.prompts, len(prompts.ids)), iteration=iteration, seed=self.seed)
-        columns = {name: [values[i] for i in chosen] for name, values in prompts.columns.items()}
-        return Prompts([prompts.texts[i] for i in chosen], [prompts.ids[i] for i in chosen], columns)
+        count = len(prompts.ids)
+        return prompts.take(places(count, min(self.how.prompts, count), iteration=iteration, seed=self.seed))
 
     def play(
         self, part: Path, start: Path | None, fresh: Path, asked: Prompts, iteration: int, monitor: StageMonitor
@@ -136,7 +135,3 @@ def best(measure: RiskMeasure, opponents: int) -> str:
     if isinstance(measure, CVaR) and measure.alpha * opponents >= 1 and (measure.alpha * opponents) % 1 == 0:
         return "spacing"
     return "none"
-
-
-def _folder(place: Path, iteration: int) -> Path:
-    return place / f"iteration-{iteration:05d}"

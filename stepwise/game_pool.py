@@ -152,15 +152,14 @@ def judge_all(
     size = len(pairs[0])
     at = [n for n in range(len(pairs)) for _ in range(size)]
     first, second = ([pair[side] for of in pairs for pair in of] for side in (0, 1))
-    asked = [prompts.texts[n] for n in at]
-    columns = {name: [values[n] for n in at] for name, values in prompts.columns.items()}
+    asked = prompts.take(at)
     wins: list[list[list[float]]] = [[] for _ in pairs]
     judged = []
     for seat in panel.seats():
-        told = {**columns, **{name: [value] * len(at) for name, value in seat.items()}}
+        told = {**asked.columns, **{name: [value] * len(at) for name, value in seat.items()}}
         found = judge_pairs(
             panel.judge,
-            asked,
+            asked.texts,
             first,
             second,
             name=panel.seated(seat),

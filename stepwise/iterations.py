@@ -1,15 +1,26 @@
-"""What stages that sample anew in every iteration share: which prompts are asked, and how fast an iteration trains."""
+"""What stages that sample anew in every iteration share: where one lies, which prompts it asks, how fast it trains."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from stepwise.train import Training
 
 _AT_THE_END = 10**9  # steps; the last one is always saved
+
+
+def folder_of(place: Path, iteration: int) -> Path:
+    """Of an iteration, in the folder of its stage."""
+    return place / f"iteration-{iteration:05d}"
+
+
+def number_of(folder: Path) -> int:
+    """The iteration that a folder is of."""
+    return int(folder.name.removeprefix("iteration-"))
 
 
 def places(count: int, size: int, *, iteration: int, seed: int) -> list[int]:

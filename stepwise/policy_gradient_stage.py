@@ -26,7 +26,7 @@ from stepwise.encoding import tokenize_texts
 from stepwise.episodes import Episodes
 from stepwise.errors import DataError, ModelError
 from stepwise.footprint import Footprint
-from stepwise.iterations import of_iteration, places
+from stepwise.iterations import folder_of, number_of, of_iteration, places
 from stepwise.methods import policy_gradient
 from stepwise.methods.policy_gradient import KLController, Ppo, WithDemonstrations
 from stepwise.recipe import EpisodesStage, PpoLagrangianStage, RaRlhfStage
@@ -61,11 +61,11 @@ def run_policy_gradient_stage(run: Workspace, name: str, stage: EpisodesStage, p
     objective, training = _objective(scored, stage), training_of(run.recipe, name, seed)
     for told in doubts(stage):
         run.display.warn(told)
-    begun = max((_number(part.parent) for part in place.glob("iteration-*/episodes")), default=0)
+    begun = max((number_of(part.parent) for part in place.glob("iteration-*/episodes")), default=0)
     numbers: dict[str, Any] = {}
     with run.display.bar(name) as bar:
         for iteration in range(begun, stage.iterations):
-            part, before = _folder(place, iteration), _folder(place, iteration - 1)
+            part, before = folder_of(place, iteration), folder_of(place, iteration - 1)
             monitor = _Monitor(run, bar, {"stage": name, "iteration": iteration}, stage.iterations)
             start = checkpoint.newest(before / "checkpoints", warn=monitor.warn) if iteration else None
             if run.main and not (part / "episodes").is_dir():
@@ -75,7 +75,7 @@ def run_policy_gradient_stage(run: Workspace, name: str, stage: EpisodesStage, p
             PartialState().wait_for_everyone()
             checkpoint.verify(part / "episodes")
             if run.main and iteration > 1:
-                shutil.rmtree(_folder(place, iteration - 2), ignore_errors=True)
+                shutil.rmtree(folder_of(place, iteration - 2), ignore_errors=True)
             rows, about = episodes.read(part / "episodes")
             monitor.sampled = about["numbers"]
             trained = train(
@@ -150,7 +150,7 @@ class _Table:
 
     def play(self, scored: ScoredPolicy, part: Path, before: Path | None, monitor: _Monitor) -> None:
         """Sample the episodes of an iteration, decide which count, and commit them as rows to train on."""
-        stage, iteration = self.stage, _number(part)
+        stage, iteration = self.stage, number_of(part)
         controller = KLController(stage.kl.beta, target=stage.kl.target, horizon=stage.kl.horizon)
         crediting, vigil = self._crediting(), Vigil(target_kl=stage.kl.target, patience=stage.stop_after)
         moving: dict[str, Any] = {"kl": controller, "credit": crediting, "vigil": vigil}
@@ -221,9 +221,7 @@ def draw(prompts: Prompts, stage: EpisodesStage, iteration: int, seed: int) -> P
         raise DataError(
             "There are fewer prompts than an iteration asks", where=stage.data.path, got=count, wanted=f"{size} or more"
         )
-    chosen = places(count, size, iteration=iteration, seed=seed)
-    columns = {name: [values[i] for i in chosen] for name, values in prompts.columns.items()}
-    return Prompts([prompts.texts[i] for i in chosen], [prompts.ids[i] for i in chosen], columns)
+    return prompts.take(places(count, size, iteration=iteration, seed=seed))
 
 
 class _Monitor:
@@ -250,11 +248,3 @@ class _Monitor:
 
     def warn(self, text: str) -> None:
         self.run.display.warn(text)
-
-
-def _folder(place: Path, iteration: int) -> Path:
-    return place / f"iteration-{iteration:05d}"
-
-
-def _number(part: Path) -> int:
-    return int(part.name.removeprefix("iteration-"))

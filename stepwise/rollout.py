@@ -53,7 +53,7 @@ def rollout(
     streams = math.ceil(size * measures.samples / decoding.batch_size)
     for number, start in enumerate(range(0, len(prompts.ids), size)):
         part = slice(start, start + size)
-        block = Prompts(prompts.texts[part], prompts.ids[part], {n: v[part] for n, v in prompts.columns.items()})
+        block = prompts.take(range(len(prompts.ids))[part])
         drawn = replace(decoding, stream=decoding.stream + number * streams)
         with policy.using(stack):
             answers = answer(policy, block, drawn, samples=measures.samples, ledger=ledger)

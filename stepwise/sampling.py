@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -22,13 +22,15 @@ class Prompts(NamedTuple):
     ids: list[list[int]]
     columns: dict[str, list[Any]]
 
+    def take(self, places: Iterable[int]) -> Prompts:
+        """The prompts at these places, in this order."""
+        at = list(places)
+        columns = {name: [values[i] for i in at] for name, values in self.columns.items()}
+        return Prompts([self.texts[i] for i in at], [self.ids[i] for i in at], columns)
+
     def repeat(self, samples: int) -> Prompts:
         """Every prompt `samples` times in a row."""
-
-        def often(values: list[Any]) -> list[Any]:
-            return [value for value in values for _ in range(samples)]
-
-        return Prompts(often(self.texts), often(self.ids), {name: often(v) for name, v in self.columns.items()})
+        return self.take(i for i in range(len(self.ids)) for _ in range(samples))
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,7 @@ class StepwiseTrainer(Trainer):
             epoch=lambda: self.state.global_step // -(-count // batch),
         )
         pin = self.args.dataloader_pin_memory
-        loader = DataLoader(Placed(self.rows), batch_sampler=passes, collate_fn=placed(self.collate), pin_memory=pin)
+        loader = DataLoader(Placed(self.rows), batch_sampler=passes, collate_fn=self.data_collator, pin_memory=pin)
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
 

@@ -6,13 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from small_models import llama, save, words
-
-from stepwise import pipeline
-from stepwise.display import Display
-from stepwise.recipe import Recipe
-from stepwise.run_folder import Log
+from tail_runs import lines
 
 STAGE = Path("stages/01-game")
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -76,18 +71,6 @@ def written(folder: Path) -> Path:
     }
     path.write_text(json.dumps(tree))
     return path
-
-
-def run(recipe: Recipe, folder: Path) -> None:
-    """In this process."""
-    torch.set_num_threads(1)
-    pipeline.run(recipe, folder, display=Display(quiet=True))
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """The log without times."""
-    found = Log(folder / "log.jsonl").lines()
-    return [{k: v for k, v in line.items() if not k.startswith("seconds") and k != "tokens/second"} for line in found]
 
 
 def state(folder: Path) -> list[Any]:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 from forks import KillAt, fork
-from game_runs import ADAPTER, STAGE, lines, run, written
+from game_runs import ADAPTER, STAGE, written
 from safetensors.torch import load_file
+from tail_runs import lines, run
 
 from stepwise.errors import ConfigError
 from stepwise.game_matches import read_matches, read_players

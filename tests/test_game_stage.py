@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from game_runs import ADAPTER, STAGE, lines, run, written
+from game_runs import ADAPTER, STAGE, written
+from tail_runs import lines, run
 
 from stepwise.errors import CheckpointError, ConfigError, DataError, ScoreError
 from stepwise.plan import plan

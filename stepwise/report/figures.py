@@ -152,23 +152,23 @@ def quantiles(curves: Sequence[Curve], *, name: str, tail: float | None, limits:
 
 def hardness(curves: Sequence[Curve], *, name: str, limits: Limits) -> str:
     """The mean of a score over the hardest share of the prompts, against that share, with intervals."""
-    with _sheet(4.6, 2.7, label=f"{name} over the hardest prompts, a line per policy") as sheet:
-        axes = sheet.axes
-        for curve in curves:
-            _band(axes, curve)
-            axes.plot(curve.x, curve.y, color=_COLOURS[curve.colour], marker="o", markersize=2.2)
-        axes.set(xlabel="hardest share of the prompts", ylabel=name, xlim=(0, 1), ylim=limits)
-    return sheet.svg
+    label = f"{name} over the hardest prompts, a line per policy"
+    return _banded(curves, label=label, xlabel="hardest share of the prompts", ylabel=name, xlim=(0, 1), ylim=limits)
 
 
 def drift(curves: Sequence[Curve], *, name: str, limits: Limits) -> str:
     """A metric over blocks of prompts in the order they were answered, with intervals."""
-    with _sheet(4.6, 2.7, label=f"{name} over the prompts in their order, a line per policy") as sheet:
-        axes = sheet.axes
+    label = f"{name} over the prompts in their order, a line per policy"
+    return _banded(curves, label=label, xlabel="prompt", ylabel=name, ylim=limits)
+
+
+def _banded(curves: Sequence[Curve], *, label: str, **axis: Any) -> str:
+    """A line with its band per policy; `axis` are settings of matplotlib's axes."""
+    with _sheet(4.6, 2.7, label=label) as sheet:
         for curve in curves:
-            _band(axes, curve)
-            axes.plot(curve.x, curve.y, color=_COLOURS[curve.colour], marker="o", markersize=2.2)
-        axes.set(xlabel="prompt", ylabel=name, ylim=limits)
+            _band(sheet.axes, curve)
+            sheet.axes.plot(curve.x, curve.y, color=_COLOURS[curve.colour], marker="o", markersize=2.2)
+        sheet.axes.set(**axis)
     return sheet.svg
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from forks import KillAt, fork
-from game_runs import STAGE, run, state, written
+from game_runs import STAGE, state, written
+from tail_runs import run
 from torch import nn
 
 from stepwise.look_ahead import restored
