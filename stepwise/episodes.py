@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from stepwise.collate import text_batch
 from stepwise.methods.policy_gradient import RankBy, Whiten, gae, regularised_return, rloo, token_rewards, whiten
 from stepwise.risk import Mean
-from stepwise.sampling import Answers, Decoding, Prompts, answer
+from stepwise.sampling import Answers, Decoding, Generate, Prompts, answer
 from stepwise.scored_policy import ScoredPolicy
 from stepwise.scoring import Scorer, every, score
 from stepwise.token_stats import token_stats
@@ -64,16 +64,22 @@ class Episodes:
 
 
 def play(
-    scored: ScoredPolicy, prompts: Prompts, decoding: Decoding, *, scorers: Mapping[str, Scorer], samples: int = 1
+    scored: ScoredPolicy,
+    prompts: Prompts,
+    decoding: Decoding,
+    *,
+    scorers: Mapping[str, Scorer],
+    samples: int = 1,
+    generate: Generate | None = None,
 ) -> Episodes:
     """`samples` episodes for each prompt, drawn from the active stack as `decoding` says; log pi is that of the policy
     itself in any case. The reference is the stack below the top adapter, the critics are the heads of `scored`.
-    `scorers`: the reward, then the costs.
+    `scorers`: the reward, then the costs; `generate` draws, transformers where it is None.
 
     Raises `ScoreError` when a scorer fails, or returns anything but a finite number for every response.
     """
     policy, clock = scored.policy, [time.monotonic()]
-    answers = answer(policy, prompts, decoding, samples=samples)
+    answers = answer(policy, prompts, decoding, samples=samples, generate=generate)
     clock.append(time.monotonic())
     found = [_scores(scorer, name, answers, decoding.batch_size) for name, scorer in scorers.items()]
     clock.append(time.monotonic())

@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
-from stepwise import checkpoint, judge_targets
+from stepwise import checkpoint, judge_targets, vllm_sampling
 from stepwise.constraints.selection import Selection
 from stepwise.data import Source, load
 from stepwise.display import Display
@@ -72,6 +72,8 @@ def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> 
     for stage in recipe.stages.values():
         if isinstance(stage, GameStage):
             judge_targets.check(stage.judge)
+        if isinstance(stage, EpisodesStage) and stage.sampling.vllm is not None:
+            vllm_sampling.check()
     work = Workspace(recipe, folder, display)
     if recipe.select is not None:
         check_prompts(work)

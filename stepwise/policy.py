@@ -134,6 +134,11 @@ class Policy:
             for parameter in self.top_parameters().values():
                 parameter.requires_grad_(True)
 
+    @property
+    def active(self) -> list[str]:
+        """The adapters that act."""
+        return list(self._active)
+
     def top_parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters: those of the top adapter, by name."""
         part = f".{self.names[-1]}."
@@ -249,13 +254,14 @@ class Policy:
         save_file(self._adapter_state(name), folder / ADAPTER_WEIGHTS)
         self._peft.peft_config[name].save_pretrained(str(folder))
 
-    def save_stack(self, folder: Path) -> None:
-        """Write the whole stack, every adapter at its strength, as one in PEFT's own format; its rank is their sum."""
+    def save_stack(self, folder: Path) -> int:
+        """Write the active stack, every adapter at its strength, as one in PEFT's own format; return its rank, their
+        sum."""
         from safetensors.torch import save_file
 
-        configs = {name: self._peft.peft_config[name] for name in self.names}
+        configs = {name: self._peft.peft_config[name] for name in self._active}
         parts = [Lora(self._adapter_state(name), part.r, self._scale(name)) for name, part in configs.items()]
-        config = copy.copy(configs[self.names[0]])
+        config = copy.copy(configs[self._active[0]])
         config.r = config.lora_alpha = sum(part.rank for part in parts)  # a scale of one
         config.target_modules = set().union(*(part.target_modules for part in configs.values()))
         base = Path(self._base.name_or_path)
@@ -264,6 +270,7 @@ class Policy:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(concatenated(parts), folder / ADAPTER_WEIGHTS)
         config.save_pretrained(str(folder))
+        return int(config.r)
 
     def _adapter_state(self, name: str) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict

@@ -31,7 +31,7 @@ from stepwise.methods import policy_gradient
 from stepwise.methods.policy_gradient import KLController, Ppo, WithDemonstrations
 from stepwise.recipe import EpisodesStage, PpoLagrangianStage, RaRlhfStage
 from stepwise.recipe_policy_gradient import Sampler
-from stepwise.sampling import Decoding, Prompts
+from stepwise.sampling import Decoding, Generate, Prompts
 from stepwise.scored_policy import ScoredPolicy
 from stepwise.scoring import Scorer
 from stepwise.stages import begin, commit, training_of
@@ -39,6 +39,7 @@ from stepwise.targets import resolve
 from stepwise.tokens import Tokens
 from stepwise.train import train
 from stepwise.vigil import Vigil
+from stepwise.vllm_sampling import VllmGenerator
 from stepwise.workspace import Workspace
 
 _SAMPLED = 256  # episodes sampled, scored and measured at once
@@ -57,7 +58,7 @@ def run_policy_gradient_stage(run: Workspace, name: str, stage: EpisodesStage, p
     scorers = _scorers(run, stage)
     scored = ScoredPolicy(run.policy, outputs=len(scorers))
     prompts = run.prompts(loaded, max_prompt_length=run.recipe.training_of(name).max_prompt_length)
-    table = _Table(run, name, stage, scorers, prompts, _demonstrations(run, name, stage), seed)
+    table = _Table(run, name, stage, scorers, prompts, _demonstrations(run, name, stage), seed, _generate(run, stage))
     objective, training = _objective(scored, stage), training_of(run.recipe, name, seed)
     for told in doubts(stage):
         run.display.warn(told)
@@ -111,6 +112,12 @@ def _demonstrations(run: Workspace, name: str, stage: EpisodesStage) -> Tokens |
     return run.tokens(tokenize_texts, run.load(stage.ptx.data), max_length=limit, eos_id=run.policy.eos_id)
 
 
+def _generate(run: Workspace, stage: EpisodesStage) -> Generate | None:
+    if stage.sampling.vllm is None:
+        return None
+    return VllmGenerator(memory=stage.sampling.vllm.memory, revision=run.recipe.model.revision)
+
+
 def _objective(scored: ScoredPolicy, stage: EpisodesStage) -> nn.Module:
     """Without a critic its loss weighs nothing and its head stays at zero."""
     ppo = Ppo(scored, clip=stage.clip, clip_value=stage.clip_value or 1.0, value_weight=stage.value_weight or 0.0)
@@ -128,7 +135,7 @@ def doubts(stage: EpisodesStage) -> list[str]:
         if least == stage.batch:
             told = f"the tail of {stage.tail.alpha:g} of {stage.batch} episodes is all of them: B0 never falls"
             found.append(f"{told}; a larger batch, or a smaller alpha")
-    how = stage.sampling
+    how = stage.sampling.model_copy(update={"vllm": None})
     if how != Sampler():
         told = "episodes are drawn from another distribution than the policy"
         used = ", ".join(f"{key} {value:g}" for key, value in how if value is not None)
@@ -147,6 +154,7 @@ class _Table:
     prompts: Prompts
     shown: Tokens | None
     seed: int
+    generate: Generate | None
 
     def play(self, scored: ScoredPolicy, part: Path, before: Path | None, monitor: _Monitor) -> None:
         """Sample the episodes of an iteration, decide which count, and commit them as rows to train on."""
@@ -160,7 +168,8 @@ class _Table:
                 one.load_state_dict(state[key])
         beta = controller.beta
         drawn = draw(self.prompts, stage, iteration, self.seed)
-        played = episodes.play(scored, drawn, self._decoding(iteration), scorers=self.scorers, samples=stage.samples)
+        how: dict[str, Any] = {"scorers": self.scorers, "samples": stage.samples, "generate": self.generate}
+        played = episodes.play(scored, drawn, self._decoding(iteration), **how)
         if iteration == 0:
             _check_start(self.run, played)
         credit = crediting(played, iteration, beta=beta)

@@ -57,8 +57,16 @@ class Threshold(Part):
     steps: Annotated[int, Field(ge=1, le=10**4)] = Field(default=10, description="steps of t in an iteration")
 
 
+class Vllm(Part):
+    """Draw episodes with vLLM, which has weights of its own on the same GPU; needs the extra `vllm`."""
+
+    memory: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.4, description="share of the GPU's memory that vLLM takes, its weights included"
+    )
+
+
 class Sampler(Part):
-    """How episodes are drawn. Anything but the defaults draws from another distribution than the policy."""
+    """How episodes are drawn. Anything but the defaults, vllm aside, is another distribution than the policy."""
 
     temperature: Annotated[float, Field(gt=0, le=100)] = Field(default=1.0, description="logits are divided by it")
     top_k: Count | None = Field(default=None, description="only the most likely tokens; null: all")
@@ -66,6 +74,7 @@ class Sampler(Part):
         default=None, description="only the most likely tokens that together have this probability; null: all"
     )
     min_new_tokens: CountOrZero = Field(default=0, description="the end token is forbidden before")
+    vllm: Vllm | None = Field(default=None, description="draw with vLLM; null: with transformers")
 
 
 class Ptx(Part):

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -58,10 +58,21 @@ class Response(NamedTuple):
     finished: bool
 
 
+class Generate(Protocol):
+    """What draws one response per prompt of a batch from the active stack, at random by torch's stream."""
+
+    def __call__(self, policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding) -> list[Response]: ...
+
+
 def sample(
-    policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding, *, ledger: Ledger | None = None
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    *,
+    ledger: Ledger | None = None,
+    generate: Generate | None = None,
 ) -> list[Response]:
-    """One response per prompt, drawn from the active stack.
+    """One response per prompt, drawn from the active stack by `generate`, by transformers where it is None.
 
     At temperature 1, with nothing truncated or forbidden, the distribution sampled from is the policy itself. A pure
     function of its arguments: every batch has its own random stream, so that what goes on from a `ledger` equals what
@@ -82,7 +93,7 @@ def sample(
 
     def draw(number: int, chunk: list[int]) -> list[Response]:
         with _random_stream(policy.device, decoding.seed, decoding.stream + number):
-            return _generate(policy, [prompts[i] for i in chunk], decoding)
+            return (generate or _generate)(policy, [prompts[i] for i in chunk], decoding)
 
     kept: list[Any] | Part = []
     if ledger is not None:
@@ -193,9 +204,15 @@ class Answers(NamedTuple):
 
 
 def answer(
-    policy: Policy, prompts: Prompts, decoding: Decoding, *, samples: int = 1, ledger: Ledger | None = None
+    policy: Policy,
+    prompts: Prompts,
+    decoding: Decoding,
+    *,
+    samples: int = 1,
+    ledger: Ledger | None = None,
+    generate: Generate | None = None,
 ) -> Answers:
     """Sample `samples` responses to each prompt from the active stack, as ids and as text; as `sample`."""
     asked = prompts.repeat(samples)
-    responses = sample(policy, asked.ids, decoding, ledger=ledger)
+    responses = sample(policy, asked.ids, decoding, ledger=ledger, generate=generate)
     return Answers(asked, responses, [policy.tokenizer.decode(r.ids, skip_special_tokens=True) for r in responses])

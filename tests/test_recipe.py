@@ -113,7 +113,7 @@ EVERYTHING: dict[str, Any] = {
             "iterations": 50,
             "tail": {"alpha": 0.4, "warmup": 0},
             "kl": {"beta": 0.1},
-            "sampling": {"top_p": 0.9, "top_k": 50},
+            "sampling": {"top_p": 0.9, "top_k": 50, "vllm": {"memory": 0.5}},
         },
         "learned": {
             "method": "ra_rlhf",
@@ -380,6 +380,7 @@ NUMBERS: dict[str, tuple[str, str]] = {
     "stages.tail.sampling.top_k": (WHOLE, "1"),
     "stages.tail.sampling.top_p": (ANY, "1 0.5"),
     "stages.tail.sampling.min_new_tokens": (WHOLE, "0 1"),
+    "stages.tail.sampling.vllm.memory": (ANY, "0.5"),
     "stages.learned.threshold.lr": (ANY, "1 0.5"),
     "stages.learned.threshold.steps": (WHOLE, "1"),
     "stages.game.asymmetry": (ANY, "0 1 0.5"),
