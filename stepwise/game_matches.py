@@ -1,7 +1,8 @@
 """Responses of a policy that trains, and opponents that are drawn for them: an iteration of an online game.
 
 players/{players.jsonl}     M responses to each of N prompts
-matches/{matches.json}      K opponents of each prompt, the same for its M responses, and all M K of them judged
+matches/{matches.json}      K opponents of each prompt, the same for its M responses, and all M K of them judged;
+                            the last of them, where there is an anchor, are responses of the reference
 
 Both are made once, through a ledger: what dies while it samples or judges goes on behind the last finished batch.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from stepwise.sampling import Decoding, Prompts, answer
 from stepwise.tokens import Tokens, TokensWriter
 
 _PLAYERS, _MATCHES = "players.jsonl", "matches.json"
+_ANCHORED = 500_000  # first of the random streams of the responses of the reference, beyond those of the policy's
 
 
 def sample_players(policy: Policy, prompts: Prompts, decoding: Decoding, *, samples: int, folder: Path) -> None:
@@ -54,10 +57,11 @@ def match(
     decoding: Decoding,
     panel: Panel,
     *,
-    opponents: int,
+    opponents: tuple[int, int],
     folder: Path,
 ) -> None:
-    """Draw K = `opponents` of `policy` for every prompt and have them judged, unless that was done."""
+    """Draw opponents of every prompt, so many of `policy` and so many of its reference, and have them judged, unless
+    that was done."""
     if folder.is_dir():
         return
     ledger = Ledger.beside(folder, panel.known())
@@ -66,8 +70,12 @@ def match(
         [row["prompt_ids"] for row in players],
         {name: [row["columns"][name] for row in players] for name in players[0]["columns"]},
     )
-    answers = answer(policy, prompts, decoding, samples=opponents, ledger=ledger)
-    drawn = [answers.texts[i : i + opponents] for i in range(0, len(answers.texts), opponents)]
+    own, anchored = opponents
+    drawn = _answered(policy, prompts, decoding, own, ledger)
+    with policy.reference():
+        other = replace(decoding, stream=_ANCHORED)
+        fixed = _answered(policy, prompts, other, anchored, ledger)
+    drawn = [[*of, *more] for of, more in zip(drawn, fixed, strict=True)]
     pairs = [
         [(one, other) for one in row["responses"] for other in against]
         for row, against in zip(players, drawn, strict=True)
@@ -78,6 +86,13 @@ def match(
     ledger.remove()
 
 
+def _answered(policy: Policy, prompts: Prompts, decoding: Decoding, samples: int, ledger: Ledger) -> list[list[str]]:
+    if samples == 0:
+        return [[] for _ in prompts.ids]
+    texts = answer(policy, prompts, decoding, samples=samples, ledger=ledger).texts
+    return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+
+
 def read_matches(folder: Path, samples: int) -> tuple[Tensor, dict[str, float]]:
     """Win probabilities, (N, A, M, K), and what the judge is like. Raises `CheckpointError` for a damaged folder."""
     checkpoint.verify(folder)
@@ -86,11 +101,13 @@ def read_matches(folder: Path, samples: int) -> tuple[Tensor, dict[str, float]]:
     return wins.view(*wins.shape[:2], samples, -1), found["numbers"]
 
 
-def as_tokens(players: Sequence[Mapping[str, Any]], fields: Sequence[str], payoff_NM: Tensor) -> Tokens:
-    """Players as rows to train on: ids of prompt and responses, and a column `payoff`."""
+def as_tokens(
+    players: Sequence[Mapping[str, Any]], fields: Sequence[str], payoff_NM: Tensor, scale_N: Tensor
+) -> Tokens:
+    """Players as rows to train on: ids of prompt and responses, columns `payoff` and `scale`."""
     writer = TokensWriter("prompt_ids", *fields)
-    for n, (row, payoff) in enumerate(zip(players, payoff_NM.tolist(), strict=True)):
-        writer.add(n, {"payoff": payoff}, row["prompt_ids"], *row["response_ids"])
+    for n, (row, payoff, scale) in enumerate(zip(players, payoff_NM.tolist(), scale_N.tolist(), strict=True)):
+        writer.add(n, {"payoff": payoff, "scale": scale}, row["prompt_ids"], *row["response_ids"])
         writer.counts.rows += 1
     return writer.tokens()
 

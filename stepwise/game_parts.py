@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from stepwise import game_pool, judge_targets, targets
 from stepwise.errors import DataError
 from stepwise.game_estimates import ESTIMATORS, Correcting, Drawn, Follower, Memoryless, Tracker
-from stepwise.game_payoffs import SPREAD, Payoff, on_pool, spread
+from stepwise.game_payoffs import SPREAD, Payoff, on_pool, spread, target_loss
 from stepwise.game_pool import Panel
 from stepwise.game_strata import StrataScale
 from stepwise.matrix_game import guaranteed_beta
@@ -26,20 +27,24 @@ class Moving:
     """What moves with the training of a round besides the weights."""
 
     scale: StrataScale | None
+    weight: StrataScale | None
     estimate: Drawn | None
 
     @classmethod
     def of(cls, stage: GameStage, payoff: Payoff, rows: Tokens, *, seed: int) -> Moving:
         """Made from the pool of the round, where no step was taken."""
+        strata = None if stage.strata is None else strata_scale(stage.strata, payoff, rows, beta=stage.beta)
+        on_loss = stage.strata is not None and stage.strata.acts_on == "loss"
         return cls(
-            None if stage.strata is None else scale_of(stage.strata, payoff, rows),
+            None if on_loss else strata,
+            strata if on_loss else None,
             None if stage.draws is None else estimate_of(stage.draws, payoff, rows, seed=seed),
         )
 
     @property
     def steering(self) -> Steering | None:
-        """Both as one, for checkpoints."""
-        found = {"strata": self.scale, "draws": self.estimate}
+        """All as one, for checkpoints."""
+        found = {"strata": self.scale or self.weight, "draws": self.estimate}
         parts: dict[str, Steering] = {name: part for name, part in found.items() if part is not None}
         return Together(parts) if parts else None
 
@@ -69,29 +74,40 @@ def panel_of(stage: GameStage) -> Panel:
     )
 
 
-def scale_of(part: Strata, payoff: Payoff, rows: Tokens) -> StrataScale:
-    """How risk over strata scales the targets, from the win probabilities before any step."""
+def strata_scale(part: Strata, payoff: Payoff, rows: Tokens, *, beta: float) -> StrataScale:
+    """How risk over strata scales targets or losses, from what the prompts are worth before any step."""
     wins, base = columns_of(rows)
     zero = torch.zeros_like(base)
-    value_N = (on_pool(base, zero) * payoff(wins, payoff.opponent(base, zero))).sum(-1)
-    strata = game_pool.checked_strata(part.column, strata_of(part.column, rows))
-    return StrataScale(build(part.risk.model_dump()), strata, value_N.tolist(), gain=part.gain)
+    p_NM = payoff(wins, payoff.opponent(base, zero))
+    on_loss = part.acts_on == "loss"
+    value_N = -target_loss(zero, p_NM / beta) if on_loss else (on_pool(base, zero) * p_NM).sum(-1)
+    names = [name for name in rows[0]["columns"] if name not in ("wins", "base", "prompt", "asked")]
+    columns = {name: [of.get(name) for of in rows.columns] for name in names}
+    return scale_of(part, [of["asked"] for of in rows.columns], columns, value_N.tolist())
 
 
-def strata_of(column: str, rows: Tokens) -> list[object]:
+def scale_of(
+    part: Strata, asked: Sequence[str], columns: Mapping[str, Sequence[object]], values: Sequence[float]
+) -> StrataScale:
+    """Scales of prompts from texts and columns that say their strata."""
+    strata = game_pool.checked_strata(
+        part.column, strata_of(part.column, asked, columns), smallest=1 if part.acts_on == "loss" else 2
+    )
+    return StrataScale(build(part.risk.model_dump()), strata, values, gain=part.gain)
+
+
+def strata_of(column: str, asked: Sequence[str], columns: Mapping[str, Sequence[object]]) -> Sequence[object]:
     """The stratum of every prompt, from a column or a function of all of them."""
     if ":" not in column:
-        return [columns.get(column) for columns in rows.columns]
-    names = sorted({name for columns in rows.columns for name in columns} - {"wins", "base", "prompt", "asked"})
-    told = {name: [columns.get(name) for columns in rows.columns] for name in names}
+        return columns.get(column, [None] * len(asked))
     function: Any = targets.resolve(column)
     try:
-        found = list(function(prompts=[columns["asked"] for columns in rows.columns], **told))
+        found = list(function(prompts=list(asked), **columns))
     except Exception as error:
         raise DataError(f"A function of strata failed with {type(error).__name__}: {error}", where=column) from error
-    if len(found) != len(rows):
+    if len(found) != len(asked):
         raise DataError(
-            "A function of strata did not return one per prompt", where=column, got=len(found), wanted=len(rows)
+            "A function of strata did not return one per prompt", where=column, got=len(found), wanted=len(asked)
         )
     return found
 

@@ -198,15 +198,16 @@ def doubts(numbers: Mapping[str, float]) -> list[str]:
     return [f"the judge is saturated: {told}; risk over opponents then hardly differs from none. A softer judge helps"]
 
 
-def checked_strata(column: str, values: Sequence[object]) -> list[str]:
-    """The stratum of every prompt, as text. Raises `DataError` where one is missing or has a single prompt."""
+def checked_strata(column: str, values: Sequence[object], *, smallest: int) -> list[str]:
+    """The stratum of every prompt, as text. Raises `DataError` where one is missing, there is only one, or one has
+    fewer than `smallest` prompts."""
     missing = sum(value is None for value in values)
     if missing:
         raise DataError(
             "Prompts without a stratum", where=f"column {column!r}", got=f"{missing} of {len(values)}", wanted="a value"
         )
     labels = [str(value) for value in values]
-    alone = sorted(label for label, prompts in Counter(labels).items() if prompts == 1)
+    alone = sorted(label for label, prompts in Counter(labels).items() if prompts < smallest)
     if alone or len(set(labels)) < 2:
         raise DataError(
             "Risk over strata needs at least two strata with two prompts each",

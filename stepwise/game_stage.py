@@ -44,7 +44,7 @@ def run_game_stage(run: Workspace, name: str, stage: GameStage, place: Path, *, 
             for told in doubts(stage, payoff, rows):
                 run.display.warn(told)
         moving = Moving.of(stage, payoff, rows, seed=seed * 1000 + number)
-        objective.play(moving.scale, moving.estimate)
+        objective.play(moving.scale, moving.weight, moving.estimate)
         steering = moving.steering
         if not (part / "adapter").is_dir():
             with run.display.bar(name) as bar:

@@ -53,12 +53,24 @@ class Strata(Part):
         description="column of the stratum of a prompt; or a function f(prompts, **columns) that returns one for "
         "each, package.module:name or ./file.py:name",
     )
-    anchor: Annotated[float, Field(gt=0, le=1)] = Field(
+    anchor: Annotated[float, Field(ge=0, le=1)] = Field(
         default=1.0, description="how often the opponent is the reference; without it all strata have win rate 1/2"
+    )
+    acts_on: Literal["targets", "loss"] = Field(
+        default="targets",
+        description="what the weights of the strata scale; loss, a baseline that does not move the equilibrium, is "
+        "Group-DRO with the measure over the losses of the strata, and CVaR-IPO with column: stepwise.strata:each",
     )
     gain: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.1, description="speed of the weights of the strata, a share of the way per step"
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.acts_on == "targets" and self.anchor == 0:
+            wanted = "anchor above 0, or acts_on: loss"
+            refuse([Conflict(("anchor",), "a policy wins half against itself in every stratum", "0", wanted)])
+        return self
 
 
 class Draws(Part):
@@ -107,6 +119,19 @@ class Online(Part):
         description="what takes the bias of a risk of few draws away; null: jackknife for entropic, spacing for cvar "
         "where alpha K is a whole number, else none",
     )
+
+
+def _online_strata_conflicts(online: Online, strata: Strata) -> Iterator[Conflict]:
+    """Where strata do not fit into iterations of fresh responses."""
+    if strata.acts_on == "loss":
+        wanted = "acts_on: targets, or a pool"
+        yield Conflict(
+            ("strata", "acts_on"), "losses of fresh responses are not known before they train", "loss", wanted
+        )
+    anchored = strata.anchor * online.opponents
+    if abs(anchored - round(anchored)) > 1e-9:
+        got, wanted = f"anchor K = {anchored:g}", "opponents of which a whole number comes from the reference"
+        yield Conflict(("online", "opponents"), "the anchor shares out the opponents", got, wanted)
 
 
 class GameStage(Part):
@@ -168,11 +193,13 @@ class GameStage(Part):
         for key, part in {"draws": self.draws, "online": self.online}.items():
             for conflict in correction_conflicts(part.correction, part.opponents, self.risk) if part else ():
                 yield conflict._replace(key=(key, *conflict.key))
-        offline = {"draws": self.draws, "strata": self.strata, "pool": self.pool, "nash_md": self.nash_md or None}
+        offline = {"draws": self.draws, "pool": self.pool, "nash_md": self.nash_md or None}
         for key, value in offline.items():
             if self.online is not None and value is not None:
                 yield Conflict(
                     (key,), "this needs a pool, and an online game has none", f"{key} and online", f"no {key}"
                 )
+        if self.online is not None and self.strata is not None:
+            yield from _online_strata_conflicts(self.online, self.strata)
         if self.online is not None and self.rounds > 1:
             yield Conflict(("rounds",), "an online game samples anew by itself", f"{self.rounds}", "rounds: 1")

@@ -6,10 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from forks import KillAt, fork
 from game_runs import ADAPTER, STAGE, written
 from safetensors.torch import load_file
+from scipy.special import softmax
 from tail_runs import lines, run
 
 from stepwise.errors import ConfigError
@@ -22,6 +24,7 @@ from stepwise.risk_estimators import jackknife
 ONLINE = "stages.game.online={iterations: 3, prompts: 4, opponents: 4}"
 RISK = "stages.game.risk={measure: entropic, eta: 5}"
 AHEAD = "stages.game.solver=extragradient"
+STRATA = "stages.game.strata={risk: {measure: entropic, eta: 20}, anchor: 0.25, gain: 0.5}"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def recipe(source: Path) -> Callable[..., Recipe]:
 @pytest.fixture(scope="module")
 def finished(recipe: Callable[..., Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    ended = fork(lambda: run(recipe(RISK, AHEAD), folder))
+    ended = fork(lambda: run(recipe(RISK, AHEAD, STRATA), folder))
     assert ended.code == 0, ended.error
     return folder
 
@@ -60,18 +63,33 @@ def test_all_players_meet_the_same_opponents_of_the_policy_and_of_the_look_ahead
     assert {t.item() for name, t in load_file(moments).items() if ".step" in name} == {3.0}  # trials leave no trace
 
 
+def test_strata_go_by_the_last_win_probability_of_every_prompt(finished: Path, source: Path) -> None:
+    parts = [finished / STAGE / f"iteration-0000{i}" for i in (1, 2)]
+    before, after = (json.loads((part / "strata.json").read_text()) for part in parts)
+    wins, _ = read_matches(parts[1] / "matches", 4)
+    payoff = -jackknife(Entropic(5.0), -wins[:, 0]).mean(-1)
+    prompts = [row["prompt"] for row in read_players(parts[1] / "players")]
+    rows = [json.loads(line)["prompt"] for line in source.with_name("rows.jsonl").read_text().splitlines()]
+    seen = dict(zip([rows.index(prompt) for prompt in prompts], payoff.tolist(), strict=True))
+    assert after["value"] == pytest.approx([seen.get(n, value) for n, value in enumerate(before["value"])])
+    u = [np.mean([v for v in after["value"][first::2] if v is not None]) for first in (0, 1)]  # strata a, b, a, b, ...
+    worst = softmax([-20 * value for value in u])
+    assert after["weight"] == pytest.approx([w + 0.5 * (q - w) for w, q in zip(before["weight"], worst, strict=True)])
+
+
 @pytest.mark.parametrize("k", [120, 260])
 def test_an_online_game_killed_anywhere_goes_on_to_the_same_bits(
     finished: Path, recipe: Callable[..., Recipe], tmp_path: Path, k: int
 ) -> None:
     def killed() -> None:
         with KillAt(k):
-            run(recipe(RISK, AHEAD), tmp_path / "run")
+            run(recipe(RISK, AHEAD, STRATA), tmp_path / "run")
 
     assert fork(killed).code == -9
-    ended = fork(lambda: run(recipe(RISK, AHEAD), tmp_path / "run"))
+    ended = fork(lambda: run(recipe(RISK, AHEAD, STRATA), tmp_path / "run"))
     assert ended.code == 0, ended.error
-    for path in (ADAPTER, "iteration-00002/players/players.jsonl", "iteration-00002/ahead/matches.json"):
+    last = "iteration-00002"
+    for path in (ADAPTER, f"{last}/players/players.jsonl", f"{last}/ahead/matches.json", f"{last}/strata.json"):
         assert (tmp_path / "run" / STAGE / path).read_bytes() == (finished / STAGE / path).read_bytes()
     assert lines(tmp_path / "run") == lines(finished)
 
@@ -85,6 +103,11 @@ OTHERS = [
     [RISK, "stages.game.online.correction=delta"],
     ["stages.game.risk={measure: cvar, alpha: 0.5}"],
     ["stages.game.risk={measure: cvar, alpha: 0.5}", "stages.game.online.correction=none"],
+    [STRATA],
+    [STRATA, "stages.game.strata.risk.eta=5"],
+    [STRATA, "stages.game.strata.gain=0.2"],
+    [STRATA, "stages.game.strata.anchor=0.5"],
+    [STRATA, "stages.game.strata.column=group"],
 ]
 
 
@@ -102,7 +125,8 @@ def test_every_option_changes_the_run(recipe: Callable[..., Recipe], tmp_path: P
     ("override", "told"),
     [
         ("draws={opponents: 2}", "an online game has none"),
-        ("strata={risk: {measure: mean}}", "an online game has none"),
+        ("strata={risk: {measure: mean}, anchor: 0.3}", "the anchor shares out the opponents"),
+        ("strata={risk: {measure: mean}, acts_on: loss}", "not known before they train"),
         ("pool=./pool", "an online game has none"),
         ("nash_md=0.1", "an online game has none"),
         ("rounds=2", "samples anew by itself"),

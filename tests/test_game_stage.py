@@ -75,18 +75,26 @@ OTHERS = [
     ["stages.game.strata={risk: {measure: entropic, eta: 50}, anchor: 0.5}"],
     ["stages.game.strata={risk: {measure: entropic, eta: 50}, column: group}"],
     ["stages.game.strata={risk: {measure: entropic, eta: 50}, column: JUDGE:by_length}"],
+    ["stages.game.strata={risk: {measure: entropic, eta: 5}, anchor: 0, acts_on: loss}"],
+    ["stages.game.strata={risk: {measure: cvar, alpha: 0.25}, anchor: 0, acts_on: loss, column: stepwise.strata:each}"],
     ["stages.game.annotators={shares: {low: 0.8, high: 0.2}, risk: {measure: mean}}"],
     ["stages.game.annotators={shares: {low: 0.8, high: 0.2}, risk: {measure: entropic, eta: 5}}"],
 ]
 
 
+OTHER_POOLS = ("samples", "max_new_tokens", "rounds", "annotators")
+
+
 def test_every_option_changes_the_run(recipe: Callable[..., Recipe], source: Path, tmp_path: Path) -> None:
     gc.freeze()  # the library collects all garbage after every training
     seen: set[bytes] = set()
+    fast = [f"training.{key}" for key in ("save_every=0", "batch_size=12", "micro_batch=12", "epochs=3", "warmup=0")]
     for number, overrides in enumerate([[], *OTHERS]):
         folder = tmp_path / str(number)
         given = [text.replace("JUDGE", str(source.with_name("judge.py"))) for text in overrides]
-        run(recipe("training.save_every=0", "training.micro_batch=4", "model.quantization=none", *given), folder)
+        if not any(name in text for name in OTHER_POOLS for text in overrides):
+            given += [f"stages.game.pool={tmp_path}/pool"]  # the first makes it, the others need not sample again
+        run(recipe("model.quantization=none", *fast, *given), folder)
         weights = (folder / STAGE / ADAPTER).read_bytes()
         assert weights not in seen, overrides
         seen.add(weights)
@@ -107,7 +115,7 @@ def test_a_plan_says_what_a_stage_samples_and_trains(recipe: Callable[..., Recip
         ("samples=1", "samples"),
         ("data.format=completion", "no prompts to answer"),
         ("judge=plain", "a judge has another form"),
-        ("strata={risk: {measure: mean}, anchor: 0}", "anchor"),
+        ("strata={risk: {measure: mean}, anchor: 0}", "wins half against itself"),
         ("annotators={shares: {a: 0.5, b: 0.2}, risk: {measure: mean}}", "do not sum to 1"),
         ("draws={opponents: 4, correction: delta}", "corrects no mean"),
         ("draws={opponents: 4, correction: follower}", "corrects no mean"),

@@ -394,7 +394,7 @@ NUMBERS: dict[str, tuple[str, str]] = {
     "stages.played.online.opponents": (WHOLE, "1"),
     "stages.game.draws.opponents": (WHOLE, "1"),
     "stages.game.draws.gain": (ANY, "1 0.5"),
-    "stages.game.strata.anchor": (ANY, "1 0.5"),
+    "stages.game.strata.anchor": (ANY, "0 1 0.5"),
     "stages.game.strata.gain": (ANY, "1 0.5"),
     "stages.game.judge.scale": (ANY, "1 0.5"),
     "stages.priced.iterations": (WHOLE, "1"),

@@ -7,6 +7,7 @@
 | risk mean, mixture c                          | Nash-MD (2312.00886), the opponent is pi^(1-c) pi0^c      |
 | risk entropic or CVaR over opponents          | risk-sensitive preference games (2605.09946)              |
 | risk over strata, anchored opponent           | the same across strata; the weights scale the targets     |
+| risk over strata that acts on the loss        | Group-DRO; CVaR-IPO where every prompt is a stratum       |
 
 A step of size a on s itself is s <- (1 - eta beta) s + eta p with eta beta = 2 a: mirror descent in logits. Here the
 step is one on LoRA weights; docs/methods/games.md says where this deviates from the papers.
@@ -33,13 +34,13 @@ from stepwise.train import Batch, Outcome
 
 
 class Scale(Protocol):
-    """How much the target of each prompt counts."""
+    """How much each prompt counts."""
 
     def of(self, prompt_B: Tensor) -> Tensor:
         """w_e / p_e of the stratum e of each prompt, (B,); `prompt_B` are places in the pool."""
 
     def observe(self, prompt_B: Tensor, value_B: Tensor) -> None:
-        """The win probability of the policy on these prompts is now `value_B`."""
+        """These prompts are now worth `value_B`, larger is better."""
 
     def numbers(self) -> dict[str, float]:
         """What is worth logging."""
@@ -66,7 +67,8 @@ class Alike:
 
 
 class Game(nn.Module):
-    """Sum over prompts of sum_i (d_i - mean d)^2,  d = s - scale p / beta,  p against the present policy or `faced`."""
+    """Sum over prompts of weight sum_i (d_i - mean d)^2,  d = s - scale p / beta,  p against the present policy or
+    `faced`."""
 
     def __init__(
         self,
@@ -75,16 +77,18 @@ class Game(nn.Module):
         payoff: Payoff,
         beta: float,
         scale: Scale | None = None,
+        weight: Scale | None = None,
         estimate: Estimate | None = None,
     ) -> None:
         super().__init__()
         self.module = policy.module
         self.policy, self.payoff, self.beta = policy, payoff, beta
-        self.play(scale, estimate)
+        self.play(scale, weight, estimate)
 
-    def play(self, scale: Scale | None, estimate: Estimate | None) -> None:
-        """How targets count and how payoffs are found; all alike and exactly where there is nothing else."""
+    def play(self, scale: Scale | None, weight: Scale | None, estimate: Estimate | None) -> None:
+        """How targets and losses count and how payoffs are found; all alike and exactly where there is nothing else."""
         self.scale: Scale = scale or Alike()
+        self.weight: Scale = weight or Alike()
         self.estimate: Estimate = estimate or (lambda wins, mu, prompt: self.payoff(wins, mu))
 
     def forward(
@@ -115,6 +119,7 @@ class Game(nn.Module):
         p_BM, omega_BM = self.payoff(wins, opponent_BM), on_pool(base, now_BM)
         value_B = (omega_BM * p_BM).sum(-1)
         self.scale.observe(prompt, value_B)
+        self.weight.observe(prompt, -loss_B.detach())
         metrics = {
             "loss": loss_B,
             "gap": self.beta * divergence(base, now_BM, scale_B1 * p_BM / self.beta),
@@ -127,8 +132,9 @@ class Game(nn.Module):
             "log_ratio/mean": now_BM,
             "tokens": (labels[:, 1:] != -100).sum(-1).double(),
         }
-        told = {name: torch.tensor([value], dtype=torch.float64) for name, value in self.scale.numbers().items()}
-        return Outcome(loss_B.sum(), metrics | {name: value.to(loss_B.device) for name, value in told.items()})
+        told = self.scale.numbers() | self.weight.numbers()
+        numbers = {name: loss_B.new_tensor([value], dtype=torch.float64) for name, value in told.items()}
+        return Outcome((self.weight.of(prompt) * loss_B).sum(), metrics | numbers)
 
     def prepare(self, batch: Batch) -> Batch:
         """A batch with what does not change during a step: the log-probabilities of the reference."""

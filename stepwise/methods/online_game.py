@@ -5,6 +5,7 @@
 | two samples, risk mean, mirror descent    | online IPO (2310.12036)                                       |
 | two samples, risk mean, extragradient     | EGPO (2503.08942)                                             |
 | two samples, entropic or CVaR             | risk-sensitive preference games, online (2605.09946)          |
+| risk over strata                          | the same across strata; the weights scale the targets         |
 
 Shape legend: B prompts, M responses of each.
 """
@@ -24,19 +25,21 @@ from stepwise.train import Batch, Outcome
 
 
 class OnlineGame(nn.Module):
-    """Sum over prompts of sum_i (d_i - mean d)^2,  d = s - p / beta,  p given."""
+    """Sum over prompts of sum_i (d_i - mean d)^2,  d = s - scale p / beta,  scale and p given."""
 
     def __init__(self, policy: Policy, *, beta: float) -> None:
         super().__init__()
         self.module = policy.module
         self.policy, self.beta = policy, beta
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, payoff: Tensor) -> Outcome:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, payoff: Tensor, scale: Tensor
+    ) -> Outcome:
         """Batches are those of `online_batches`; the loss is a sum over prompts."""
         with self.policy.reference():
             reference_R = response_log_probs(self.policy, input_ids, attention_mask, labels)
         s_BM = (response_log_probs(self.policy, input_ids, attention_mask, labels) - reference_R).view(payoff.shape)
-        loss_B = target_loss(s_BM, payoff / self.beta)
+        loss_B = target_loss(s_BM, scale.unsqueeze(-1) * payoff / self.beta)
         metrics = {
             "loss": loss_B,
             "value": payoff.mean(-1),
@@ -49,11 +52,14 @@ class OnlineGame(nn.Module):
 
 
 def online_batches(pad_id: int) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:
-    """A collate function over rows `{prompt_ids, response_0_ids, ..., index, columns}` with a column `payoff` (M); an
-    item is a prompt."""
+    """A collate function over rows `{prompt_ids, response_0_ids, ..., index, columns}` with columns `payoff` (M) and
+    `scale`; an item is a prompt."""
 
     def collate(rows: Sequence[Mapping[str, Any]]) -> Batch:
-        payoff = torch.tensor([row["columns"]["payoff"] for row in rows], dtype=torch.float64)
-        return {**response_batch(rows, payoff.shape[1], pad_id), "payoff": payoff}
+        known = {
+            name: torch.tensor([row["columns"][name] for row in rows], dtype=torch.float64)
+            for name in ("payoff", "scale")
+        }
+        return {**response_batch(rows, known["payoff"].shape[1], pad_id), **known}
 
     return collate
