@@ -305,11 +305,12 @@ class _Bytes:
         )
 
     def sampling(self, name: str, sequences: int, positions: int) -> SamplingMemory:
-        """Of a batch of responses of the stack up to a stage."""
+        """Of a batch of responses of the stack up to a stage; a stack of several is held as one adapter too."""
         decoder, dtype_bytes = self.skeleton.decoder, self.setting.dtype_bytes
+        copies = 1 if name == next(iter(self.recipe.stages)) else 2
         return SamplingMemory(
             base=self._base(),
-            adapters=self._adapters(name),
+            adapters=copies * self._adapters(name),
             kv_cache=memory.kv_cache(decoder, sequences=sequences, positions=positions, dtype_bytes=dtype_bytes),
             logits=memory.sampling_logits(decoder, sequences=sequences),
         )

@@ -14,6 +14,8 @@ from stepwise.errors import DataError
 from stepwise.ledger import Ledger, Part, resumed
 from stepwise.policy import Policy
 
+LEG = 16  # tokens after which rows that have ended leave their batch
+
 
 class Prompts(NamedTuple):
     """Prompts as text and as token ids, and the other columns of their rows, one list per column."""
@@ -98,9 +100,10 @@ def sample(
     kept: list[Any] | Part = []
     if ledger is not None:
         kept = ledger.part("responses", fingerprint(policy), policy.stop_ids, prompts, asdict(decoding))
-    for chunk, rows in zip(chunks, resumed(kept, chunks, draw), strict=True):
-        for index, row in zip(chunk, rows, strict=True):
-            responses[index] = Response(*row)
+    with policy.flattened():
+        for chunk, rows in zip(chunks, resumed(kept, chunks, draw), strict=True):
+            for index, row in zip(chunk, rows, strict=True):
+                responses[index] = Response(*row)
     return [r for r in responses if r is not None]
 
 
@@ -145,30 +148,58 @@ def stream(
 def _generate(
     policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding, *, streamer: Any = None
 ) -> list[Response]:
-    from transformers import GenerationConfig
+    """Leg by leg: rows that have ended are left out of the next leg, the others go on from their cache."""
+    from transformers import DynamicCache
 
+    stops = set(policy.stop_ids)
     width = max(len(p) for p in prompts)
     ids = torch.tensor([[policy.pad_id] * (width - len(p)) + list(p) for p in prompts], device=policy.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=policy.device)
+    found: list[list[int]] = [[] for _ in prompts]
+    going = list(range(len(prompts)))
+    cache: Any = None
+    leg = LEG if streamer is None else decoding.max_new_tokens
+    with _evaluating(policy):
+        for done in range(0, decoding.max_new_tokens, leg):
+            output = policy.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                generation_config=_generation(policy, decoding, done, leg),
+                streamer=streamer,
+                return_dict_in_generate=True,
+            )
+            for index, row in zip(going, output.sequences[:, ids.shape[1] :].tolist(), strict=True):
+                found[index] += row[: next((i + 1 for i, token in enumerate(row) if token in stops), None)]
+            rows = [place for place, index in enumerate(going) if found[index][-1] not in stops]
+            going = [going[place] for place in rows]
+            if not going:
+                break
+            keep = torch.tensor(rows, device=policy.device)
+            ids, old = output.sequences[keep], mask[keep]
+            mask = torch.cat([old, old.new_ones(len(rows), ids.shape[1] - old.shape[1])], dim=1)
+            cache = output.past_key_values if isinstance(output.past_key_values, DynamicCache) else None
+            if cache is not None:
+                cache.batch_select_indices(keep)
+    return [Response(ids, ids[-1] in stops) for ids in found]
+
+
+def _generation(policy: Policy, decoding: Decoding, done: int, leg: int) -> Any:
+    """What `generate` is told for the next `leg` tokens, after `done` of them."""
+    from transformers import GenerationConfig
+
     greedy = decoding.temperature == 0
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=decoding.max_new_tokens,
+    new = min(leg, decoding.max_new_tokens - done)
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=new,
         do_sample=not greedy,
         temperature=None if greedy else decoding.temperature,
         top_k=None if greedy else decoding.top_k or 0,
         top_p=None if greedy else decoding.top_p or 1.0,
-        min_new_tokens=decoding.min_new_tokens or None,
+        min_new_tokens=min(max(decoding.min_new_tokens - done, 0), new) or None,
         eos_token_id=policy.stop_ids or None,
         pad_token_id=policy.pad_id,
     )
-    with _evaluating(policy):
-        output = policy.model.generate(input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer)
-    stops = set(policy.stop_ids)
-    responses = []
-    for row in output[:, width:].tolist():
-        end = next((i + 1 for i, token in enumerate(row) if token in stops), None)
-        responses.append(Response(row[:end], end is not None))
-    return responses
 
 
 @contextmanager

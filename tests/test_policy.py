@@ -225,6 +225,32 @@ def test_gradients_reach_the_top_adapter_alone(bases: Callable[[str], str], quan
     assert len(top) == 28
 
 
+@pytest.mark.parametrize(("name", "quantization", "dtype"), KINDS)
+def test_a_flattened_stack_is_the_same_policy_and_leaves_no_trace(
+    bases: Callable[[str], str], name: str, quantization: str, dtype: torch.dtype
+) -> None:
+    policy = stacked(bases(name), "a", "b", quantization=quantization, dtype=dtype)
+    policy.push("c", rank=2, alpha=3, targets=["c_fc"] if name == "gpt2" else ["q_proj", "up_proj"])
+    randomise(policy, 2)
+    policy.scale("c", 0.5)
+    before, weights = log_probs(policy), list(policy.module.state_dict())
+    with policy.reference():
+        reference = log_probs(policy)
+    torch.manual_seed(0)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    tolerance = 1e-5 if dtype == torch.float32 else 0.06
+    with policy.flattened():
+        torch.testing.assert_close(log_probs(policy), before, atol=tolerance, rtol=tolerance)
+    with policy.reference(), policy.flattened():
+        torch.testing.assert_close(log_probs(policy), reference, atol=tolerance, rtol=tolerance)
+    with pytest.raises(KeyboardInterrupt), policy.flattened():
+        raise KeyboardInterrupt
+    assert torch.rand(1) == drawn
+    assert torch.equal(log_probs(policy), before) and list(policy.module.state_dict()) == weights
+    assert {n for n, p in policy.module.named_parameters() if p.requires_grad} == set(policy.top_parameters())
+
+
 def test_an_error_within_a_smaller_stack_gives_the_whole_one_back(bases: Callable[[str], str]) -> None:
     policy = stacked(bases("llama"), "a", "b")
     before = log_probs(policy)

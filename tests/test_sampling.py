@@ -9,7 +9,7 @@ from small_models import EOS, llama, tokenizer
 
 from stepwise.errors import DataError
 from stepwise.policy import Policy
-from stepwise.sampling import Decoding, Prompts, sample
+from stepwise.sampling import LEG, Decoding, Prompts, sample
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,25 @@ def test_greedy_takes_the_likeliest_token_whatever_the_padding(policy: Policy) -
                 logits = policy.model(input_ids=torch.tensor([ids])).logits[0, -1]
             assert float(logits.max() - logits[token]) < 1e-4
             ids.append(token)
+
+
+def test_rows_go_on_alone_when_others_have_ended(policy: Policy) -> None:
+    prompts = [[1, *range(5, 5 + n % 4), n] for n in range(10, 40)]
+    responses = sample(policy, prompts, Decoding(3 * LEG, temperature=0, batch_size=30))
+    for prompt, (ids, finished) in zip(prompts, responses, strict=True):
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+        short = logits.max(dim=-1).values - logits.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+        assert float(short.max()) < 1e-4
+        assert EOS not in ids[:-1] and finished == (ids[-1] == EOS) and (finished or len(ids) == 3 * LEG)
+    assert {(len(ids) - 1) // LEG for ids, _ in responses} == {0, 1, 2}
+
+
+def test_the_end_is_forbidden_as_long_as_was_asked_for(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy.model.generation_config, "eos_token_id", list(range(0, 60, 2)))  # half of all tokens
+    responses = sample(policy, [[1, 5]] * 30, Decoding(3 * LEG, min_new_tokens=LEG + 4, batch_size=30))
+    lengths = {len(r.ids) for r in responses}
+    assert min(lengths) == LEG + 5 and max(lengths) < 2 * LEG + 5
 
 
 def test_a_response_ends_with_its_stop_token_and_says_so(policy: Policy) -> None:
