@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,6 +31,7 @@ TEMPLATE = "score_template"  # key of config.json: the template that a model was
 COMPARISON = "comparison_template"  # key of config.json: how a model that compares two responses reads them as one
 CHAT = "chat"  # as that: the chat template, up to the end token of the completion
 HEADS = ("score", "score_head", "classifier", "pre_classifier", "classification_head")  # small, never quantised
+TOKENS_ON_CPU = 1024  # of one batch: more leaves the cache, and long texts then score slower than one by one
 _PROMPT, _COMPLETION = "{prompt}", "{completion}"
 _BEAVER = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{completion}"  # and the end token (2310.12773, its code)
 
@@ -115,13 +116,27 @@ class Classifier:
         self.truncated += sum(text.cut for text in texts)
         order = sorted((i for i, text in enumerate(texts) if text.ids), key=lambda i: len(texts[i].ids))
         scores: list[float | None] = [None] * len(texts)
-        for start in range(0, len(order), self._batch_size):
-            rows = order[start : start + self._batch_size]
+        tokens = TOKENS_ON_CPU if self._device.type == "cpu" else None
+        for rows in batches(order, [len(text.ids) for text in texts], size=self._batch_size, tokens=tokens):
             ids_BT, mask_BT = padded([texts[i].ids for i in rows], self._reader.pad_id)
             score_B = self._readout(self._logits(ids_BT.to(self._device), mask_BT.to(self._device)).float())
             for i, score in zip(rows, score_B.tolist(), strict=True):
                 scores[i] = score
         return scores
+
+
+def batches(order: Sequence[int], lengths: Sequence[int], *, size: int, tokens: int | None) -> Iterator[list[int]]:
+    """The rows of `order`, shortest first, in batches of at most `size` rows and `tokens` tokens with their padding; a
+    longer row is one by itself."""
+    batch: list[int] = []
+    for row in order:
+        full = tokens is not None and (len(batch) + 1) * lengths[row] > tokens
+        if batch and (full or len(batch) == size):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 def padded(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:

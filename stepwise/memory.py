@@ -63,7 +63,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of each part of a training step. The last two are never there at the same time."""
+    """Bytes of each part of a training step. `token_stats` and `backward` are never there at the same time; scorers are
+    the classifiers that move lambda meanwhile."""
 
     base: int
     adapters: int
@@ -74,6 +75,7 @@ class TrainingMemory:
     policy_hidden: int
     token_stats: int
     backward: int
+    scorers: int = 0
 
     @property
     def peak(self) -> int:
@@ -84,16 +86,17 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class SamplingMemory:
-    """Bytes of each part while responses are sampled."""
+    """Bytes of each part while responses are sampled, and the classifiers that score them are loaded."""
 
     base: int
     adapters: int
     kv_cache: int
     logits: int
+    scorers: int = 0
 
     @property
     def peak(self) -> int:
-        return self.base + self.adapters + self.kv_cache + self.logits
+        return self.base + self.adapters + self.kv_cache + self.logits + self.scorers
 
 
 def quantised(weights: int) -> int:

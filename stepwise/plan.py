@@ -20,6 +20,7 @@ from stepwise.errors import ModelError
 from stepwise.memory import Batch, SamplingMemory, Setting, TrainingMemory
 from stepwise.plan_report import EvaluationPlan, ModelPlan, Plan, StagePlan
 from stepwise.plan_rows import Found, Reader, longest_batch, longest_prompt
+from stepwise.plan_scorers import Scorers
 from stepwise.policy import device
 from stepwise.recipe import (
     AnyStage,
@@ -72,7 +73,7 @@ def plan(recipe: Recipe) -> Plan:
         model=None if bytes_of is None else bytes_of.model(),
         stages=stages,
         evaluation=evaluation,
-        notes=notes,
+        notes=notes if bytes_of is None else (*notes, *bytes_of.scorers.notes),
     )
 
 
@@ -210,12 +211,14 @@ def _evaluation(recipe: Recipe, part: Evaluate, reader: Reader, bytes_of: _Bytes
     policies = len(part.policies or ("base", *recipe.stages))
     positions = longest_prompt(found, limit) + part.max_new_tokens
     sequences = part.batch_size if prompts is None else min(part.batch_size, prompts * part.samples)
-    last = list(recipe.stages)[-1]
+    last, sampling = list(recipe.stages)[-1], None
+    if bytes_of is not None:
+        sampling = bytes_of.sampling(last, sequences, positions, scorers=bytes_of.scorers.evaluation(part))
     return EvaluationPlan(
         policies=policies,
         prompts=prompts,
         responses=None if prompts is None else policies * part.samples * prompts,
-        sampling=None if bytes_of is None else bytes_of.sampling(last, sequences, positions),
+        sampling=sampling,
         notes=notes,
     )
 
@@ -268,6 +271,7 @@ class _Bytes:
             checkpointing=model.activation_checkpointing,
             device="cuda" if device().startswith("cuda") else "cpu",
         )
+        self.scorers = Scorers(recipe, dtype_bytes=2 if self.setting.device == "cuda" else 4)
         self.in_4bit = skeleton.linears if model.quantization == "nf4" else ()
         self._largest_4bit = max((skeleton.weights([name]) for name in self.in_4bit), default=0)
 
@@ -302,10 +306,12 @@ class _Bytes:
             backward=memory.backward(
                 decoder, batch, setting, adapter_floats=saved, largest_quantised=self._largest_4bit
             ),
+            scorers=self.scorers.training(name),
         )
 
-    def sampling(self, name: str, sequences: int, positions: int) -> SamplingMemory:
-        """Of a batch of responses of the stack up to a stage; a stack of several is held as one adapter too."""
+    def sampling(self, name: str, sequences: int, positions: int, *, scorers: int | None = None) -> SamplingMemory:
+        """Of a batch of responses of the stack up to a stage, held as one adapter too where it is several, and of what
+        scores them: that of the stage by default."""
         decoder, dtype_bytes = self.skeleton.decoder, self.setting.dtype_bytes
         copies = 1 if name == next(iter(self.recipe.stages)) else 2
         return SamplingMemory(
@@ -313,6 +319,7 @@ class _Bytes:
             adapters=copies * self._adapters(name),
             kv_cache=memory.kv_cache(decoder, sequences=sequences, positions=positions, dtype_bytes=dtype_bytes),
             logits=memory.sampling_logits(decoder, sequences=sequences),
+            scorers=self.scorers.sampling(name) if scorers is None else scorers,
         )
 
     def pair_sampling(self, name: str, how: OnPolicy, found: Found | None) -> SamplingMemory:

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,8 @@ from stepwise.endpoint import Endpoint
 from stepwise.errors import ModelError, ScoreError
 from stepwise.recipe_scorers import TARGETS, Asked, Call, Classifier, Combine, Judge, Lexicon, Noise, Spec
 from stepwise.scoring import FORMS, Limited, Scorer, sources
+
+_IN_USE: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
 def resolve(spec: str | Spec | Mapping[str, Any]) -> Scorer:
@@ -47,10 +50,7 @@ def resolve(spec: str | Spec | Mapping[str, Any]) -> Scorer:
 
             return Limited(lexicon.load(Path(spec.words), how=spec.how), None)
         case Classifier():
-            from stepwise.classifier import load_classifier
-
-            options = spec.model_dump(exclude={"target"})
-            found = load_classifier(spec.model, revision=spec.revision, **options)
+            found = _classifier(spec)
             if found.comparison is not None:
                 wanted = "a model that scores one; this one stands where a `judge` is asked for"
                 raise ModelError("This model compares two responses", where=spec.target, wanted=wanted)
@@ -73,6 +73,18 @@ def resolve(spec: str | Spec | Mapping[str, Any]) -> Scorer:
 
             hit = noise.Slice(**spec.slice.model_dump())
             return Limited(noise.Noise(resolve(spec.of), spec.flip, spec.std, spec.center, hit, spec.seed), None)
+
+
+def _classifier(spec: Classifier) -> Any:
+    """Loaded, unless a part of this process still holds the same one: weights are in memory once."""
+    from stepwise.classifier import load_classifier
+
+    key = spec.model_dump_json()
+    found = _IN_USE.get(key)
+    if found is None:
+        options = spec.model_dump(exclude={"target"})
+        found = _IN_USE[key] = load_classifier(spec.model, revision=spec.revision, **options)
+    return found
 
 
 def endpoint(spec: Asked) -> Endpoint:

@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from stepwise.classifier import TextReader, end_logits, load_classifier, padded
+from stepwise.classifier import TextReader, batches, end_logits, load_classifier, padded
 from stepwise.errors import ConfigError, ModelError
 from stepwise.quantization import count_linear_4bit
 from stepwise.scoring import score
@@ -151,6 +151,13 @@ def test_a_score_depends_neither_on_its_neighbours_nor_on_the_side_of_the_paddin
     assert found == pytest.approx(alone, abs=1e-5)
     in_twos = load_classifier(str(one_label), template=SPACED, batch_size=2)(prompts, completions)
     assert in_twos == pytest.approx(alone, abs=1e-5)
+
+
+def test_batches_hold_rows_and_tokens_up_to_a_limit() -> None:
+    lengths = [2, 3, 3, 4, 9, 30]
+    assert list(batches(range(6), lengths, size=3, tokens=12)) == [[0, 1, 2], [3], [4], [5]]
+    assert list(batches(range(6), lengths, size=4, tokens=None)) == [[0, 1, 2, 3], [4, 5]]
+    assert list(batches([], lengths, size=3, tokens=12)) == []
 
 
 @pytest.mark.parametrize("config", [bert_config, llama_config], ids=["bert", "llama"])
