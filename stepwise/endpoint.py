@@ -21,6 +21,11 @@ FIRST_WAIT, LONGEST_WAIT = 0.25, 60.0  # seconds before a further attempt; doubl
 MAX_REPLY = 1 << 20  # bytes of a reply
 _SHOWN = 120  # characters of an answer in an error
 
+_ANSWERING = "an endpoint that answers; a larger `timeout`, more `retries` or a smaller `concurrency` may help"
+_KNOWN = "the address, the model and the key (`api_key_env`) that the endpoint knows"
+_COMPATIBLE = "an OpenAI-compatible endpoint, its address without /chat/completions"
+_MATCHING = "a prompt that asks for such an answer, a `pattern` that finds it, or a larger `max_tokens`"
+
 T = TypeVar("T")
 
 
@@ -71,7 +76,8 @@ class Endpoint:
                 except IndexError:
                     return  # another thread took the last row
                 except _Failed as failed:
-                    failures.append(BadRow(row, f"model {self.model!r} at {self.url}: {failed.told(secret)}"))
+                    told = f"model {self.model!r} at {self.url}: {failed.told(secret)}"
+                    failures.append(BadRow(row, told, failed.wanted))
                     stop.set()
                 except Exception as error:
                     failures.append(error)
@@ -98,7 +104,7 @@ class Endpoint:
                 return _post(request, self.timeout)
             except _Retry as retry:
                 if attempt == self.retries or stop.is_set():
-                    raise _Failed(f"{retry.why}, in {attempt + 1} attempts", retry.said) from None
+                    raise _Failed(f"{retry.why}, in {attempt + 1} attempts", retry.said, _ANSWERING) from None
                 stop.wait(min(max(wait, retry.after), LONGEST_WAIT))
                 wait *= 2
         raise AssertionError("unreachable")
@@ -118,19 +124,19 @@ def _read_answer(reply: str, read: Callable[[str], T]) -> T:
     except (ValueError, LookupError, TypeError, RecursionError):
         answer = None
     if not isinstance(answer, str):
-        raise _Failed("the reply is no chat completion with a text", reply)
+        raise _Failed("the reply is no chat completion with a text", reply, _COMPATIBLE)
     try:
         return read(answer)
     except Unreadable as error:
-        raise _Failed(str(error), answer) from None
+        raise _Failed(str(error), answer, _MATCHING) from None
 
 
 class _Failed(Exception):
     """Why a request gives no score, and what the server said."""
 
-    def __init__(self, why: str, said: str = "") -> None:
+    def __init__(self, why: str, said: str = "", wanted: str | None = None) -> None:
         super().__init__(why)
-        self.why, self.said = why, said
+        self.why, self.said, self.wanted = why, said, wanted
 
     def told(self, secret: str | None) -> str:
         """Both, without the key: a server may repeat the headers of a request. Hidden first, then cut."""
@@ -168,7 +174,7 @@ def _post(request: urllib.request.Request, timeout: float) -> str:
         return said
     if reply.status in (408, 429) or reply.status >= 500:
         raise _Retry(f"status {reply.status}", said, _seconds(reply.headers.get("Retry-After")))
-    raise _Failed(f"status {reply.status}", said)
+    raise _Failed(f"status {reply.status}", said, _KNOWN)
 
 
 def _read(reply: Any, deadline: float) -> str:
@@ -177,7 +183,7 @@ def _read(reply: Any, deadline: float) -> str:
     while chunk := reply.read1(1 << 16):
         body += chunk
         if len(body) > MAX_REPLY:
-            raise _Failed(f"the reply is longer than {MAX_REPLY:,} bytes")
+            raise _Failed(f"the reply is longer than {MAX_REPLY:,} bytes", wanted=_COMPATIBLE)
         if time.monotonic() > deadline:
             raise TimeoutError
     if reply.length:

@@ -13,10 +13,12 @@ import inspect
 import math
 import numbers
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 from stepwise.errors import ScoreError
@@ -45,11 +47,11 @@ class Scorer(Protocol):
 
 
 class BadRow(Exception):
-    """What a scorer may raise about one row of a call, counted from 0: the error then shows that row."""
+    """What a scorer may raise about one row of a call, counted from 0: the error then shows that row, and a remedy."""
 
-    def __init__(self, row: int, why: str) -> None:
+    def __init__(self, row: int, why: str, wanted: str | None = None) -> None:
         super().__init__(row, why)
-        self.row, self.why = row, why
+        self.row, self.why, self.wanted = row, why, wanted
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def _calls(
         try:
             result = _answer(scorer, prompts[part], completions[part], batch, where=where)
         except BadRow as bad:
-            raise ScoreError(bad.why, where=rows.place(start + bad.row)) from None
+            raise ScoreError(bad.why, where=rows.place(start + bad.row), wanted=bad.wanted) from None
         result = result.tolist() if hasattr(result, "tolist") else result  # NumPy arrays, tensors
         if not isinstance(result, list | tuple) or len(result) != len(prompts[part]):
             got = f"{len(result)} values" if isinstance(result, list | tuple) else type(result).__name__
@@ -287,7 +289,16 @@ def _answer(
         raise ScoreError("a scorer did not answer in time", where=where, wanted=wanted) from None
     # A scorer that calls sys.exit() has failed too: it must not end the run as if that were over.
     except (Exception, SystemExit) as error:
-        raise ScoreError(f"a scorer failed with {type(error).__name__}: {error}", where=where) from error
+        raise ScoreError(
+            f"a scorer failed with {type(error).__name__}: {error}",
+            where=f"{where}; {_raised_at(error)}",
+            wanted="a number or None for each of these rows; `stepwise probe` tries a scorer outside of a run",
+        ) from error
+
+
+def _raised_at(error: BaseException) -> str:
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{Path(frame.filename).name}, line {frame.lineno}, in {frame.name}"
 
 
 async def _awaited(result: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -228,6 +229,7 @@ def test_an_exception_of_the_scorer_is_wrapped_with_its_name_and_cause() -> None
     with pytest.raises(ScoreError, match=r"KeyError.*'broken', rows 0 to 1") as caught:
         score(breaks, ["p"] * 2, ["c"] * 2, name="broken")
     assert isinstance(caught.value.__cause__, KeyError)
+    assert re.search(r"test_scoring.py, line \d+, in breaks\. Wanted: .*stepwise probe", str(caught.value))
 
 
 def test_a_row_that_a_scorer_objects_to_is_counted_from_the_start_of_all() -> None:
