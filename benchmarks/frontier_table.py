@@ -2,9 +2,9 @@
 
     python benchmarks/frontier_table.py runs/frontier/sandbox --reference cvar-0.05
 
-An arm is a curve over the strength q of its last adapter: from the policy before it (q = 0) through the scales that were
-sampled, linear in between. Every number is the mean over the seeds. Intervals are 95 %, of a bootstrap over the prompts
-of each seed, with the same draws for every arm; what another training would give is not in them.
+An arm is a curve over the strength q of its last adapter: from the policy before it (q = 0) through the scales that
+were sampled, linear in between. Every number is the mean over the seeds. Intervals are 95 %, of a bootstrap over the
+prompts of each seed, with the same draws for every arm; what another training would give is not in them.
 
 equal KL             of an arm and the reference the one that went farther is weakened until both are equally far
 equal helpfulness    the least harm along a curve where the reward is at least that of the helpful policy
@@ -35,7 +35,7 @@ def curve(place: Path, arm: str, *, bootstrap: int) -> Curve:
         folders[0.0] = place / "helpful" / "scales" / "q-1"
     scales = sorted(folders)
     found = [metrics(folders[q] / "samples" / "selected.parquet", bootstrap=bootstrap) for q in scales]
-    inside_F = STRENGTHS[STRENGTHS >= scales[0]]
+    inside_F = STRENGTHS[np.searchsorted(STRENGTHS, scales[0]) :]
     hats_QF = np.array([np.interp(inside_F, scales, row) for row in np.eye(len(scales))])
     return {name: np.stack([policy[name] for policy in found], axis=1) @ hats_QF for name in found[0]}
 

@@ -75,6 +75,9 @@ def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> 
         if isinstance(stage, EpisodesStage) and stage.sampling.vllm is not None:
             vllm_sampling.check()
     work = Workspace(recipe, folder, display)
+    for constraint in recipe.constraints.values():
+        if constraint.data is not None:
+            work.load(constraint.data)  # what is wrong with it is told before any training
     if recipe.select is not None:
         check_prompts(work)
     for number, name in enumerate(recipe.stages, 1):

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from stepwise import checkpoint, lagrangian, pipeline
 from stepwise.cli import app
 from stepwise.display import Display
-from stepwise.errors import ConfigError, Uncertified
+from stepwise.errors import ConfigError, DataError, Uncertified
 from stepwise.methods.preference import bradley_terry_labels, pair_weights
-from stepwise.recipe import Recipe, load
+from stepwise.recipe import Recipe, dump_yaml, load
 from stepwise.risk import CVaR, Mean, WorstCase
 
 RECIPE = """
@@ -155,12 +155,19 @@ def test_a_run_without_a_passing_strength_is_kept_and_ends_with_code_3(finished:
         pipeline.run(load(str(run / "recipe.yaml")), run, display=QUIET)
 
 
-def test_too_few_prompts_for_the_confidence_are_told_before_any_training(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="or more for a limit of 4"):
-        pipeline.run(
-            recipe(tmp_path, "sandbox.calibration=9", "constraints.tokens.limit=4"), tmp_path / "run", display=QUIET
-        )
-    assert not list((tmp_path / "run").glob("stages/*"))
+def test_prompts_that_are_too_few_or_none_are_told_before_any_training(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps({"prompt": f"{i}"}) + "\n" for i in range(9)))
+    (tmp_path / "none.jsonl").touch()
+    few = [f"select.data.path={tmp_path / 'few.jsonl'}", "constraints.tokens.limit=4"]
+    none = ["select=null", f"constraints.tokens.data.path={tmp_path / 'none.jsonl'}"]
+    told = {ConfigError: "or more for a limit of 4", DataError: r"The dataset is empty\. Where: .*none\.jsonl"}
+    for (error, what), overrides in zip(told.items(), (few, none), strict=True):
+        run, asked = tmp_path / error.__name__, recipe(tmp_path, *overrides)
+        shutil.copytree(finished / "sandbox", run / "sandbox")
+        (run / "recipe.yaml").write_text(dump_yaml(asked))
+        with pytest.raises(error, match=what):
+            pipeline.run(asked, run, display=QUIET)
+    assert not list(tmp_path.glob("*/stages/*"))
 
 
 def test_a_killed_run_goes_on_with_the_same_lambda_and_weights(
