@@ -56,7 +56,7 @@ def trace(folder: Path) -> list[float]:
 def main() -> None:
     """Train and measure every variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lambdas", type=float, nargs="+", default=[0.1, 0.5, 2])
+    parser.add_argument("--lambdas", type=float, nargs="*", default=[0.1, 0.5, 2])
     parser.add_argument("--fixed", type=float, nargs="*", default=[0.3])
     parser.add_argument("--lr", type=float, default=ASCENT["lr"], help="of the multiplier")
     parser.add_argument("--limit", type=float, default=6)

@@ -13,8 +13,8 @@ import numpy as np
 import oracles
 import pytest
 
-from stepwise.constraints.constraint import Constraint, feasible, feasible_at_bound, violation
-from stepwise.constraints.multiplier import PID, DualAscent, Multiplier
+from stepwise.constraints import PID, Constraint, DualAscent, Multiplier
+from stepwise.constraints.constraint import feasible, feasible_at_bound, violation
 from stepwise.errors import ConfigError, DataError, NonFiniteError, ScoreError
 from stepwise.resampling import draw_prompts
 from stepwise.risk import CVaR, Entropic, EVaR, Mean, Mixture, RiskMeasure, WorstCase

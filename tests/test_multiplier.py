@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from stepwise.constraints.multiplier import PID, DualAscent, Fixed, Multiplier, build
+from stepwise.constraints import PID, DualAscent, Fixed, Multiplier
+from stepwise.constraints.multiplier import build
 from stepwise.errors import CheckpointError, ConfigError, NonFiniteError
 
 Array = oracles.Array
