@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from stepwise.errors import ModelError
 from stepwise.model_files import check_complete, check_shards, read_lora, reading
-from stepwise.quantization import compute_in_float32, count_linear_4bit, cure_cpu_repacking, dequantised, nf4
+from stepwise.quantization import compute_in_float32, count_linear_4bit, cure_cpu_repacking, nf4
 from stepwise.risk import Mean
-from stepwise.stacking import Lora, concatenated
+from stepwise.stacking import Lora, concatenated, merged
 from stepwise.token_stats import Head, token_stats
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -335,24 +335,8 @@ class Policy:
         set_peft_model_state_dict(self._peft, state, adapter_name=name)
 
     def merged(self) -> Iterator[tuple[str, Tensor]]:
-        """The base's weights by their own names, in fp32 on the CPU, each with what the active adapters add to it.
-
-        W + sum over adapters of (alpha / rank) B A. A 4-bit weight is dequantised, not quantised again: that would move
-        the policy by a thousand times as much.
-        """
-        from transformers.pytorch_utils import Conv1D
-
-        adapters = {id(layer.get_base_layer()): layer for layer in self._layers}
-        for place, module in self._base.named_modules():
-            for name, tensor in [*module.named_parameters(recurse=False), *_kept_buffers(module)]:
-                weight = dequantised(tensor)
-                if name == "weight" and id(module) in adapters:
-                    for adapter in (own for own in self._active if own in adapters[id(module)].scaling):
-                        weight = weight + adapters[id(module)].get_delta_weight(adapter).detach().float().cpu()
-                if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):  # turned to be held in 4 bits
-                    weight = weight.t() if name == "weight" else weight
-                if ".lora_" not in place:
-                    yield f"{place.replace('.base_layer', '')}.{name}".lstrip("."), weight
+        """The base's weights, each with what the active adapters add to it; see `stacking.merged`."""
+        return merged(self._base, self._layers, self._active)
 
     # --- checks ------------------------------------------------------------------------------------------------------
 
@@ -399,10 +383,6 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def _kept_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
 
 
 def _head(model: Any) -> Head:

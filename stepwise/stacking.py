@@ -1,12 +1,14 @@
-"""Several LoRA adapters as one, exactly. Shape legend: R rank, H in, O out."""
+"""Several LoRA adapters as one, exactly, or merged into the weights they adapt. Shape legend: R rank, H in, O out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from stepwise.quantization import dequantised
 
 
 class Lora(NamedTuple):
@@ -32,3 +34,28 @@ def concatenated(stack: Sequence[Lora]) -> dict[str, Tensor]:
             blocks.append(part.weights.get(key, absent) * (part.scale if is_a else 1.0))
         found[key] = torch.cat(blocks, dim=0 if is_a else 1)
     return found
+
+
+def merged(base: nn.Module, layers: Sequence[Any], adapters: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of `base` by their own names, in fp32 on the CPU, each with what the adapters add to it.
+
+    W + sum over adapters of (alpha / rank) B A; `layers` are peft's, injected into the base. A 4-bit weight is
+    dequantised, not quantised again: that would move the policy by a thousand times as much.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    adapted = {id(layer.get_base_layer()): layer for layer in layers}
+    for place, module in base.named_modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *_kept_buffers(module)]:
+            weight = dequantised(tensor)
+            if name == "weight" and id(module) in adapted:
+                for adapter in (own for own in adapters if own in adapted[id(module)].scaling):
+                    weight = weight + adapted[id(module)].get_delta_weight(adapter).detach().float().cpu()
+            if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):  # turned to be held in 4 bits
+                weight = weight.t() if name == "weight" else weight
+            if ".lora_" not in place:
+                yield f"{place.replace('.base_layer', '')}.{name}".lstrip("."), weight
+
+
+def _kept_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(n, b) for n, b in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
