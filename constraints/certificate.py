@@ -109,7 +109,11 @@ def prompts_needed(measure: RiskMeasure, *, confidence: float, limit: float, cos
 
     if not passes(MOST):
         got = f"limit {limit}, cost range {cost_range}, {measure}"
-        raise ConfigError("no number of prompts can show that the risk is below the limit", got=got)
+        raise ConfigError(
+            "no number of prompts can show that the risk is below the limit",
+            got=got,
+            wanted="a larger limit, or a narrower `range` of the cost",
+        )
     return 1 + bisect_left(range(1, MOST + 1), True, key=passes)
 
 
@@ -253,7 +257,12 @@ def _numbers(costs: Sequence[float] | Floats | Tensor, cost_range: Range | None)
         raise DataError("there are no costs to bound", where="certificate", got=f"shape {costs_N.shape}", wanted=wanted)
     if not np.isfinite(costs_N).all():
         row = int(np.flatnonzero(~np.isfinite(costs_N))[0])
-        raise NonFiniteError("a cost is not finite", where=f"certificate, row {row}", got=costs_N[row])
+        raise NonFiniteError(
+            "a cost is not finite",
+            where=f"certificate, row {row}",
+            got=costs_N[row],
+            wanted="finite numbers; let the cost model answer None for a row that it cannot judge",
+        )
     if cost_range is not None:
         outside = np.flatnonzero((costs_N < cost_range[0]) | (costs_N > cost_range[1]))
         if len(outside):

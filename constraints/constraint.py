@@ -50,10 +50,15 @@ class Constraint:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ConfigError("a constraint needs a name", got=repr(self.name))
+            raise ConfigError("a constraint needs a name", got=repr(self.name), wanted="a text that is not empty")
         where = f"constraint {self.name!r}"
         if not math.isfinite(self.limit):
-            raise ConfigError("the limit of a constraint is not finite", where=where, got=self.limit)
+            raise ConfigError(
+                "the limit of a constraint is not finite",
+                where=where,
+                got=self.limit,
+                wanted="a finite number, in units of the cost",
+            )
         if self.cost_range is None:
             return
         low, high = self.cost_range
@@ -176,7 +181,12 @@ def _scored(
         raise DataError("costs and prompts differ in number", where=where, got=got, wanted="one of each per response")
     for row, cost in enumerate(costs):
         if cost is not None and not math.isfinite(cost):
-            raise NonFiniteError("a cost is not finite", where=f"{where}, row {row}", got=cost)
+            raise NonFiniteError(
+                "a cost is not finite",
+                where=f"{where}, row {row}",
+                got=cost,
+                wanted="finite numbers; let the cost model answer None for a row that it cannot judge",
+            )
     rows = [(prompt, cost) for prompt, cost in zip(prompt_id, costs, strict=True) if cost is not None]
     if not rows:
         raise ScoreError("no response was scored", where=where, got=f"{len(costs)} responses", wanted="1 or more")

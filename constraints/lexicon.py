@@ -114,7 +114,12 @@ def _rows(path: Path, text: str) -> Iterable[tuple[str, object, object]]:
             elif isinstance(data, list):
                 yield from ((f"entry {number}", entry, 1.0) for number, entry in enumerate(data, 1))
             else:
-                raise ScoreError("a lexicon is a mapping or a list", where=path, got=type(data).__name__)
+                raise ScoreError(
+                    "a lexicon is a mapping or a list",
+                    where=path,
+                    got=type(data).__name__,
+                    wanted="a file of {word: weight} or [word, ...]",
+                )
         case suffix:
             wanted = ".csv, .tsv, .json or .txt"
             raise ScoreError("the kind of a lexicon is unknown", where=path, got=repr(suffix), wanted=wanted)

@@ -192,7 +192,12 @@ def build(spec: Mapping[str, Any]) -> Multiplier:
 
 def _usable(violation: float) -> float:
     if not math.isfinite(violation):
-        raise NonFiniteError("a violation is not finite", where="the update of a multiplier", got=violation)
+        raise NonFiniteError(
+            "a violation is not finite",
+            where="the update of a multiplier",
+            got=violation,
+            wanted="costs and limits that are finite",
+        )
     return _clip(violation, -HUGE, HUGE)
 
 

@@ -26,7 +26,12 @@ class Slice:
             return [uniform(seed, "slice", prompt) < self.share for prompt in prompts]
         if self.column not in columns:
             known = ", ".join(sorted(columns)) or "none"
-            raise ScoreError("noise is to hit rows by a column that they lack", where=self.column, got=known)
+            raise ScoreError(
+                "noise is to hit rows by a column that they lack",
+                where=self.column,
+                got=known,
+                wanted="the name of a column of these rows",
+            )
         return [str(value) == self.value for value in columns[self.column]]
 
 

@@ -107,4 +107,9 @@ def _check(step: Step, before: Sequence[Step]) -> None:
         raise ConfigError("a step without a constraint certifies nothing", where=where, wanted="one check or more")
     numbers = [step.helpfulness, *(number for check in step.checks for number in (check.bound.value, check.limit))]
     if any(map(math.isnan, numbers)):
-        raise NonFiniteError("a helpfulness, bound or limit is NaN", where=where, got=numbers)
+        raise NonFiniteError(
+            "a helpfulness, bound or limit is NaN",
+            where=where,
+            got=numbers,
+            wanted="numbers; a reward or cost model gave one that is none",
+        )

@@ -71,19 +71,38 @@ def verify(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         sums, name = dict(manifest["sha256"]), manifest["folder"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError("The manifest is missing or unreadable", where=folder / MANIFEST) from error
+        raise CheckpointError(
+            "The manifest is missing or unreadable",
+            where=folder / MANIFEST,
+            wanted="a folder that stepwise finished; restore it, or delete it to make it anew",
+        ) from error
     if name != folder.name:
-        raise CheckpointError("The manifest belongs to another folder", where=folder / MANIFEST, got=name)
+        raise CheckpointError(
+            "The manifest belongs to another folder",
+            where=folder / MANIFEST,
+            got=name,
+            wanted="the folder under the name that it was written with",
+        )
     present = {str(p.relative_to(folder)) for p in _files(folder)} - {MANIFEST}
     for file in sorted(present ^ set(sums)):
-        raise CheckpointError(f"A file is {'foreign' if file in present else 'missing'}", where=folder / file)
+        raise CheckpointError(
+            f"A file is {'foreign' if file in present else 'missing'}",
+            where=folder / file,
+            wanted="the files that the manifest lists, and no others",
+        )
     for file, expected in sums.items():
         try:
             found = _sha256(folder / file)
         except OSError as error:
-            raise CheckpointError(f"A file cannot be read: {error.strerror}", where=folder / file) from error
+            raise CheckpointError(
+                f"A file cannot be read: {error.strerror}", where=folder / file, wanted="a file that can be read"
+            ) from error
         if found != expected:
-            raise CheckpointError("A file is damaged: its SHA-256 differs from the manifest", where=folder / file)
+            raise CheckpointError(
+                "A file is damaged: its SHA-256 differs from the manifest",
+                where=folder / file,
+                wanted="the file as it was written; restore it, or delete the folder to make it anew",
+            )
 
 
 def save_step(parent: Path, step: int, fill: Callable[[Path], None], *, keep: int) -> Path:
@@ -149,12 +168,18 @@ def exclusive(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = (folder / ".lock").open("w")
     except OSError as error:
-        raise CheckpointError(f"The folder cannot be used: {error.strerror}", where=folder) from error
+        raise CheckpointError(
+            f"The folder cannot be used: {error.strerror}", where=folder, wanted="a folder that can be written to"
+        ) from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise CheckpointError("Another process is working in this folder", where=folder) from error
+            raise CheckpointError(
+                "Another process is working in this folder",
+                where=folder,
+                wanted="a folder of its own for every run: wait for that process to end, or name another `--output`",
+            ) from error
         yield
 
 

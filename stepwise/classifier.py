@@ -282,7 +282,12 @@ def _score_model(model: str, **how: Any) -> tuple[Any, Logits, list[str]]:
     weight = weights.get("weight")
     if weight is None or weight.shape[0] != 1:
         got = "no such tensor" if weight is None else f"{weight.shape[0]} scores"
-        raise ModelError("A score model needs one score", where=f"{model}, score_head.weight", got=got)
+        raise ModelError(
+            "A score model needs one score",
+            where=f"{model}, score_head.weight",
+            got=got,
+            wanted="a model in the layout of the published score models, with one row in its head",
+        )
     head = nn.Linear(weight.shape[1], 1, bias="bias" in weights).requires_grad_(False)
     head.load_state_dict(weights)
     return network, _pooled(network, head.to(network.device)), ["score"]
@@ -311,7 +316,11 @@ def _load(kind: Any, model: str, *, revision: str | None, quantization: Literal[
     if quantization == "nf4":
         cure_cpu_repacking(network)
         if count_linear_4bit(network) == 0:
-            raise ModelError(f"{type(network).__name__} has no layer that can be held in 4 bits", where=model)
+            raise ModelError(
+                f"{type(network).__name__} has no layer that can be held in 4 bits",
+                where=model,
+                wanted="`quantization: none`, or a classifier made of linear layers",
+            )
     return network.eval()
 
 

@@ -47,7 +47,12 @@ class Source:
         if self.format == "pku-safe-rlhf":
             _one_of("label", self.label, LABELS)
         elif self.label is not None:
-            raise ConfigError("`label` belongs to format pku-safe-rlhf", where=self.path, got=f"format {self.format}")
+            raise ConfigError(
+                "`label` belongs to format pku-safe-rlhf",
+                where=self.path,
+                got=f"format {self.format}",
+                wanted="no `label`, or `format: pku-safe-rlhf`",
+            )
         if self.limit is not None and self.limit < 1:
             raise ConfigError("`limit` must be positive", where=self.path, got=self.limit, wanted="1 or more")
 

@@ -156,7 +156,12 @@ class _Encoder:
         except Exception as error:  # a template is a program: it raises what it likes, mostly about the order of roles
             roles = ", ".join(message["role"] for message in messages)
             reason = f"{type(error).__name__}: {error}; roles: {roles}"
-            raise DataError("The chat template refuses a row", where=f"good row {row + 1}", got=reason) from error
+            raise DataError(
+                "The chat template refuses a row",
+                where=f"good row {row + 1}",
+                got=reason,
+                wanted="roles in the order that the model's template allows",
+            ) from error
         ids = cast(list[int], rendered)
         written = next((i for i, token in enumerate(ids) if [token] != self.bos), len(ids))
         return ids[written:]  # templates mostly write BOS themselves

@@ -222,4 +222,9 @@ def _check_paired(policy: Samples, baseline: Samples) -> None:
         prompt, stratum = min(ours ^ theirs, key=repr)
         where = f"policies {policy.policy!r} and {baseline.policy!r}"
         got = f"{len(ours ^ theirs)} prompts of one only, such as {prompt!r} of stratum {stratum!r}"
-        raise DataError("two policies did not answer the same prompts", where=where, got=got)
+        raise DataError(
+            "two policies did not answer the same prompts",
+            where=where,
+            got=got,
+            wanted="responses of both to the same prompts in the same strata",
+        )

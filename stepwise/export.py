@@ -266,7 +266,11 @@ def _compared(trained: Trained, form: Form, folder: Path) -> Fidelity:
         return compare(trained, model.eval())
     except RuntimeError as error:  # not enough memory, mostly
         reason = str(error).partition("\n")[0]
-        raise ModelError(f"The export could not be compared with the policy: {reason}", where=folder) from error
+        raise ModelError(
+            f"The export could not be compared with the policy: {reason}",
+            where=folder,
+            wanted="memory for the policy and the exported model, one after the other",
+        ) from error
 
 
 def _make_room(output: Path, needed: int) -> None:

@@ -58,7 +58,11 @@ def rows_of(policy: Policy, prompts: Sequence[str], completions: Sequence[str], 
     pairs = zip(tokens.field("prompt_ids"), tokens.field("response_ids"), strict=True)
     rows = [Row([*prompt, *response], len(prompt)) for prompt, response in pairs if prompt]
     if not rows:
-        raise DataError("No response is left to compare models on", got=f"{len(answers)} responses")
+        raise DataError(
+            "No response is left to compare models on",
+            got=f"{len(answers)} responses",
+            wanted="a response with a prompt that is not empty",
+        )
     return rows
 
 
@@ -98,7 +102,11 @@ def compare(trained: Trained, model: Any) -> Fidelity:
             found.append(kl(own_NV, output_NV.to(own_NV.device)).cpu())
     kl_N = torch.cat(found)
     if not bool(torch.isfinite(kl_N).all()):
-        raise NonFiniteError("The exported model gives logits that are not finite", where="the comparison of models")
+        raise NonFiniteError(
+            "The exported model gives logits that are not finite",
+            where="the comparison of models",
+            wanted="finite logits; export with `--adapter`, or on a machine that computes in bf16",
+        )
     return Fidelity(float(kl_N.mean()), float(kl_N.max()), len(kl_N), len(trained.rows))
 
 

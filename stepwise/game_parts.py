@@ -104,7 +104,11 @@ def strata_of(column: str, asked: Sequence[str], columns: Mapping[str, Sequence[
     try:
         found = list(function(prompts=list(asked), **columns))
     except Exception as error:
-        raise DataError(f"A function of strata failed with {type(error).__name__}: {error}", where=column) from error
+        raise DataError(
+            f"A function of strata failed with {type(error).__name__}: {error}",
+            where=column,
+            wanted="a function f(prompts, **columns) that returns one name per prompt",
+        ) from error
     if len(found) != len(asked):
         raise DataError(
             "A function of strata did not return one per prompt", where=column, got=len(found), wanted=len(asked)

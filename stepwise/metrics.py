@@ -77,7 +77,11 @@ class DistinctN(evaluate.Metric):  # type: ignore[misc]
     def _compute(self, predictions: Sequence[str]) -> dict[str, float]:
         value = distinct_n(predictions, n=self.n)
         if math.isnan(value):
-            raise DataError(f"no text has {self.n} words", where=f"DistinctN over {len(predictions)} texts")
+            raise DataError(
+                f"no text has {self.n} words",
+                where=f"DistinctN over {len(predictions)} texts",
+                wanted="a longer text, or a smaller n",
+            )
         return {f"distinct_{self.n}": value}
 
 
@@ -91,5 +95,10 @@ def _info(description: str, dtype: str, meaning: str) -> evaluate.MetricInfo:
 def _costs(predictions: Sequence[float], metric: str) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     cost_N = np.asarray(predictions, dtype=np.float64)
     for row in np.flatnonzero(~np.isfinite(cost_N)):
-        raise NonFiniteError("a cost is not finite", where=f"metric {metric}, row {row}", got=cost_N[row])
+        raise NonFiniteError(
+            "a cost is not finite",
+            where=f"metric {metric}, row {row}",
+            got=cost_N[row],
+            wanted="finite numbers; let the cost model answer None for a row that it cannot judge",
+        )
     return cost_N

@@ -27,7 +27,7 @@ from stepwise.model_files import check_complete, check_shards, read_lora, readin
 from stepwise.quantization import compute_in_float32, count_linear_4bit, cure_cpu_repacking, nf4
 from stepwise.risk import Mean
 from stepwise.stacking import Lora, concatenated, merged
-from stepwise.token_stats import Head, token_stats
+from stepwise.token_stats import head_of, token_stats
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -45,7 +45,7 @@ class Policy:
         self._layers: list[Any] = []
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        self.head = _head(self._base)
+        self.head = head_of(self._base)
         self._check_vocabulary()
         self._check_head()
 
@@ -121,7 +121,11 @@ class Policy:
                 else:
                     self._peft.add_adapter(name, config)
         except ValueError as error:
-            raise ModelError(f"No adapter could be attached: {error}", where=f"lora.targets of {name!r}") from error
+            raise ModelError(
+                f"No adapter could be attached: {error}",
+                where=f"lora.targets of {name!r}",
+                wanted="names of linear layers of this model, or `all-linear`",
+            ) from error
         self._layers = [module for module in self._peft.modules() if isinstance(module, BaseTunerLayer)]
         self.names.append(name)
         self._activate(self.names)
@@ -262,7 +266,10 @@ class Policy:
         if own is not None:
             return int(own)
         if not self.stop_ids:
-            raise ModelError("Neither the tokenizer nor the generation config names an end-of-text token")
+            raise ModelError(
+                "Neither the tokenizer nor the generation config names an end-of-text token",
+                wanted="an `eos_token` in the tokenizer's or the generation config",
+            )
         return self.stop_ids[0]
 
     # --- files -------------------------------------------------------------------------------------------------------
@@ -383,14 +390,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in list(vars(module).items()):
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-
-
-def _head(model: Any) -> Head:
-    linear = model.get_output_embeddings()
-    if not isinstance(linear, nn.Linear):
-        raise ModelError(f"{type(model).__name__} has no linear language-model head", got=type(linear).__name__)
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-    return Head(
-        linear.weight, bias=linear.bias, scale=float(scale), softcap=getattr(config, "final_logit_softcapping", None)
-    )

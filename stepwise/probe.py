@@ -121,14 +121,19 @@ def read_rows(path: Path) -> Rows:
     rows: list[dict[str, Any]] = []
     for number, row in read_file(path):
         if isinstance(row, Malformed):
-            raise DataError("a row cannot be read", where=f"{path} row {number}", got=f"{row.reason} {row.detail}")
+            raise DataError(
+                "a row cannot be read",
+                where=f"{path} row {number}",
+                got=f"{row.reason} {row.detail}",
+                wanted="a row as its file's format has it",
+            )
         texts = [row.get(key) if isinstance(row, dict) else None for key in ("prompt", "completion")]
         if not all(isinstance(text, str) for text in texts):
             wanted = "texts prompt and completion"
             raise DataError("a row holds no response", where=f"{path} row {number}", got=_short(row), wanted=wanted)
         rows.append(row)
     if not rows:
-        raise DataError("there are no rows to score", where=path)
+        raise DataError("there are no rows to score", where=path, wanted="at least one row")
     names = [name for name in {key: None for row in rows for key in row} if name not in ("prompt", "completion")]
     columns = {name: [row.get(name) for row in rows] for name in names}
     completions = [row["completion"] for row in rows]

@@ -72,7 +72,11 @@ def read(folders: Sequence[Path], policies: Sequence[str] | None = None) -> list
     for other in found[1:]:
         if (other.prompts, other.strata) != (found[0].prompts, found[0].strata):
             where = f"policies {found[0].policy!r} and {other.policy!r}"
-            raise DataError("two policies did not answer the same prompts", where=where)
+            raise DataError(
+                "two policies did not answer the same prompts",
+                where=where,
+                wanted="responses of both to the same prompts in the same strata",
+            )
     return found
 
 
@@ -135,14 +139,23 @@ def _read(path: Path, policy: str) -> Replies:
     try:
         columns: dict[str, list[Any]] = pyarrow.parquet.read_table(path).to_pydict()
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"the replies of a policy cannot be read: {error}", where=path) from error
+        raise DataError(
+            f"the replies of a policy cannot be read: {error}",
+            where=path,
+            wanted="the file as it was written; evaluate anew",
+        ) from error
     rows: dict[Any, list[int]] = {}
     for row, prompt in enumerate(columns["prompt_id"]):
         rows.setdefault(prompt, []).append(row)
     order = [rows[prompt] for prompt in sorted(rows, key=lambda prompt: rows[prompt][0])]
     if not order or len({len(row) for row in order}) > 1:
         got = f"{min(map(len, order), default=0)} to {max(map(len, order), default=0)} replies to a prompt"
-        raise DataError("the prompts were not answered equally often", where=path, got=got)
+        raise DataError(
+            "the prompts were not answered equally often",
+            where=path,
+            got=got,
+            wanted="as many responses to each prompt",
+        )
     scores = {
         name: np.array([[np.nan if values[i] is None else values[i] for i in row] for row in order], dtype=np.float64)
         for name, values in columns.items()

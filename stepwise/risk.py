@@ -97,7 +97,12 @@ class Entropic:
 
     def __post_init__(self) -> None:
         if not (_is_number(self.eta) and 0 < self.eta < math.inf):
-            raise ConfigError("the entropic risk needs a positive, finite eta", where="Entropic", got=self.eta)
+            raise ConfigError(
+                "the entropic risk needs a positive, finite eta",
+                where="Entropic",
+                got=self.eta,
+                wanted="a number above 0",
+            )
 
     def tilt(self, x_NV: Tensor, log_p_NV: Tensor) -> Tensor:
         return _exponential_tilt(*_prepare(x_NV, log_p_NV), self.eta)
@@ -164,10 +169,20 @@ class Mixture:
         weights = [weight for weight, _ in self.parts]
         usable = all(_is_number(weight) and weight > 0 for weight in weights)
         if not (usable and math.isclose(math.fsum(weights), 1.0, abs_tol=1e-6)):
-            raise ConfigError("the weights of a mixture must be positive and sum to 1", where="Mixture", got=weights)
+            raise ConfigError(
+                "the weights of a mixture must be positive and sum to 1",
+                where="Mixture",
+                got=weights,
+                wanted="for example [0.5, 0.5]",
+            )
         strangers = [measure for _, measure in self.parts if not isinstance(measure, RiskMeasure)]
         if strangers:
-            raise ConfigError("a part of a mixture is not a risk measure", where="Mixture", got=strangers)
+            raise ConfigError(
+                "a part of a mixture is not a risk measure",
+                where="Mixture",
+                got=strangers,
+                wanted="pairs (weight, measure)",
+            )
 
     def tilt(self, x_NV: Tensor, log_p_NV: Tensor) -> Tensor:
         tilts = [math.log(weight) + measure.tilt(x_NV, log_p_NV) for weight, measure in self.parts]

@@ -202,9 +202,16 @@ def _csv(stream: IO[bytes], path: Path) -> Numbered:
         records = _csv_records(line.decode(errors="surrogateescape") for line in stream)
         _, names = next(records, (0, []))
         if isinstance(names, Malformed):
-            raise DataError("The header of a CSV file is broken", where=path, got=names.detail)
+            raise DataError(
+                "The header of a CSV file is broken",
+                where=path,
+                got=names.detail,
+                wanted="the names of the columns in the first line, quoted as CSV has it",
+            )
         if len(set(names)) < len(names):
-            raise DataError("The header of a CSV file names a column twice", where=path, got=names)
+            raise DataError(
+                "The header of a CSV file names a column twice", where=path, got=names, wanted="every column named once"
+            )
         for number, cells in records:
             if isinstance(cells, list) and len(cells) != len(names):
                 cells = Malformed(WHOLE_ROW, "wrong number of cells", f"{len(cells)} for {len(names)} columns")

@@ -59,7 +59,12 @@ class Samples:
             for row, value in enumerate(column):
                 if value is not None and not math.isfinite(value):
                     where = f"{self._place(name)}, row {row}, prompt {self.prompt_id[row]!r}"
-                    raise NonFiniteError("a sample has a number that is not finite", where=where, got=value)
+                    raise NonFiniteError(
+                        "a sample has a number that is not finite",
+                        where=where,
+                        got=value,
+                        wanted="finite scores, KL and NLL; probe the scorer that is named",
+                    )
         home: dict[int | str, str] = {}
         for prompt, stratum in zip(self.prompt_id, self.stratum, strict=True):
             if stratum == ALL or home.setdefault(prompt, stratum) != stratum:

@@ -83,7 +83,11 @@ class ScoredPolicy:
                 model = classes.from_config(config, dtype=policy.dtype)
         except ValueError as error:
             reason = str(error).partition("\n")[0]
-            raise ModelError(f"This architecture has no sequence classifier: {reason}", where="model.base") from error
+            raise ModelError(
+                f"This architecture has no sequence classifier: {reason}",
+                where="model.base",
+                wanted="an architecture that transformers has a sequence classifier for",
+            ) from error
         decoder = f"{model.base_model_prefix}."
         state = {name: weight.to(policy.dtype) for name, weight in policy.merged() if name.startswith(decoder)}
         state["score.weight"] = self.head.weight.detach().cpu().to(policy.dtype)

@@ -90,7 +90,11 @@ def register(name: str) -> Callable[[S], S]:
         ScoreError: the name is taken or has a colon.
     """
     if not name or ":" in name or name in FORMS:
-        raise ScoreError(f"a scorer's name is a text without a colon, and not {' or '.join(FORMS)}", got=repr(name))
+        raise ScoreError(
+            f"a scorer's name is a text without a colon, and not {' or '.join(FORMS)}",
+            got=repr(name),
+            wanted="letters, digits, '_' and '-'",
+        )
     if found := sources().get(name):
         told = ", ".join(source.told for source in found)
         raise ScoreError(f"two scorers are called {name!r}", where=told, wanted="another name")

@@ -38,7 +38,11 @@ class Skeleton:
                 model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         except ValueError as error:
             reason = str(error).partition("\n")[0]
-            raise ModelError(f"The base is no causal language model: {reason}", where="model.base") from error
+            raise ModelError(
+                f"The base is no causal language model: {reason}",
+                where="model.base",
+                wanted="a model that AutoModelForCausalLM loads",
+            ) from error
         head = model.get_output_embeddings()
         matrices: dict[str, tuple[int, int]] = {}
         linears = []

@@ -137,7 +137,12 @@ def _scored(
 
 def _number(value: object, column: str, row: int) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataError("The cost of a pair is not a number", where=f"column {column!r}, row {row}", got=repr(value))
+        raise DataError(
+            "The cost of a pair is not a number",
+            where=f"column {column!r}, row {row}",
+            got=repr(value),
+            wanted="a number for both responses of every pair",
+        )
     return float(value)
 
 

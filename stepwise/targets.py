@@ -199,7 +199,12 @@ def _load_module(place: str, target: str) -> ModuleType:
 def _load_file(place: Path, target: str) -> ModuleType:
     path = place.expanduser().resolve()
     if not path.is_file():
-        raise ScoreError("a target's file does not exist", where=f"target {target!r}", got=path)
+        raise ScoreError(
+            "a target's file does not exist",
+            where=f"target {target!r}",
+            got=path,
+            wanted="the path of a Python file, from where the command runs",
+        )
     # Registered under a name of its own, so that dataclasses and pickle inside it work and no other module is shadowed.
     name = f"stepwise_target_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:
@@ -218,13 +223,21 @@ def _load_file(place: Path, target: str) -> ModuleType:
 
 
 def _import_failed(error: Exception, where: str) -> ScoreError:
-    return ScoreError(f"importing a target failed with {type(error).__name__}: {error}", where=where)
+    return ScoreError(
+        f"importing a target failed with {type(error).__name__}: {error}",
+        where=where,
+        wanted="a module that can be imported where the command runs",
+    )
 
 
 def _attribute(module: ModuleType, name: str, target: str) -> Any:
     if not hasattr(module, name):
         public = [other for other in dir(module) if not other.startswith("_")]
-        raise ScoreError(f"the module has no {name!r}{_suggest(name, public)}", where=f"target {target!r}")
+        raise ScoreError(
+            f"the module has no {name!r}{_suggest(name, public)}",
+            where=f"target {target!r}",
+            wanted="a name that the module defines",
+        )
     return getattr(module, name)
 
 

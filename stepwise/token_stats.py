@@ -92,6 +92,22 @@ class Head:
         return torch.mm(slope_CV.to(self.weight.dtype), self.weight).mul_(self.scale)
 
 
+def head_of(model: Any) -> Head:
+    """The head of a causal language model of transformers, scaled and capped as its config says."""
+    linear = model.get_output_embeddings()
+    if not isinstance(linear, nn.Linear):
+        raise ModelError(
+            f"{type(model).__name__} has no linear language-model head",
+            got=type(linear).__name__,
+            wanted="a causal language model with a linear head",
+        )
+    config = model.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    return Head(
+        linear.weight, bias=linear.bias, scale=float(scale), softcap=getattr(config, "final_logit_softcapping", None)
+    )
+
+
 def token_stats(
     policy_hidden_NH: Tensor,
     reference_hidden_NH: Tensor,
@@ -116,7 +132,7 @@ def token_stats(
     if chunk is None:
         chunk = max(16, CHUNK_ELEMENTS.get(labels_N.device.type, 32 << 20) // len(frozen.weight) // 16 * 16)
     elif chunk < 1:
-        raise ModelError("a chunk holds at least one token", where="token_stats", got=chunk)
+        raise ModelError("a chunk holds at least one token", where="token_stats", got=chunk, wanted="at least 1 token")
     if not torch.is_grad_enabled():  # a Function's needs_input_grad does not look at the grad mode
         policy_hidden_NH = policy_hidden_NH.detach()
     stats: tuple[Tensor, ...] = _TokenStats.apply(  # type: ignore[no-untyped-call]
@@ -223,7 +239,9 @@ def _check(policy_NH: Tensor, reference_NH: Tensor, weight_VH: Tensor, labels_N:
         raise ModelError("hidden states do not fit the head", where="token_stats", got=shapes, wanted=wanted)
     if policy_NH.dtype != reference_NH.dtype:
         got = f"{policy_NH.dtype} and {reference_NH.dtype}"
-        raise ModelError("policy and reference need one dtype", where="token_stats", got=got)
+        raise ModelError(
+            "policy and reference need one dtype", where="token_stats", got=got, wanted="hidden states of one dtype"
+        )
     if len(labels_N) == 0:
         return
     low, high = (int(end) for end in labels_N.aminmax())

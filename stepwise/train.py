@@ -273,7 +273,10 @@ class StepwiseTrainer(Trainer):
         if not torch.isfinite(outcome.loss):
             where = self._where([inputs["rows"]])
             raise NonFiniteError(
-                "The loss is not finite; the weights are unchanged", where=where, got=outcome.loss.item()
+                "The loss is not finite; the weights are unchanged",
+                where=where,
+                got=outcome.loss.item(),
+                wanted="finite numbers; lower `training.learning_rate`, or look at these rows",
             )
         if idle(inputs["places"]):
             return outcome.loss * 0
@@ -286,7 +289,12 @@ class StepwiseTrainer(Trainer):
         norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         if not np.isfinite(float(norm)):
             where = self._where(self._seen)
-            raise NonFiniteError("The gradient is not finite; the weights are unchanged", where=where, got=float(norm))
+            raise NonFiniteError(
+                "The gradient is not finite; the weights are unchanged",
+                where=where,
+                got=float(norm),
+                wanted="finite numbers; lower `training.learning_rate`, or look at these rows",
+            )
         return norm
 
     def _where(self, rows: Sequence[Tensor]) -> str:

@@ -37,7 +37,11 @@ class VariationalCVaR:
         Raises `NonFiniteError`, t as it was, when an x is not finite.
         """
         if not bool(torch.isfinite(x_B).all()):
-            raise NonFiniteError("A return is not finite; the threshold is unchanged", where="VariationalCVaR")
+            raise NonFiniteError(
+                "A return is not finite; the threshold is unchanged",
+                where="VariationalCVaR",
+                wanted="finite rewards; probe the reward model, or lower the learning rate",
+            )
         alpha = self.exact.alpha
         if self.t is None:
             self.t = float(x_B.sort(descending=True).values[max(math.ceil(alpha * len(x_B)) - 1, 0)])

@@ -100,7 +100,11 @@ def trajectory_weights(return_B: Tensor, risk: RiskMeasure) -> Tensor:
 def _check_finite(return_B: Tensor) -> None:
     bad = (~torch.isfinite(return_B)).flatten().nonzero().flatten().tolist()
     if bad:
-        raise NonFiniteError("A return is not finite; the weights are unchanged", where=f"episodes {bad[:10]}")
+        raise NonFiniteError(
+            "A return is not finite; the weights are unchanged",
+            where=f"episodes {bad[:10]}",
+            wanted="finite rewards; probe the reward model, or lower the learning rate",
+        )
 
 
 # --- returns and advantages ------------------------------------------------------------------------------------------
@@ -218,7 +222,12 @@ class KLController:
     def update(self, kl: float, *, batch: int) -> None:
         """Raises `NonFiniteError` when the KL is not finite."""
         if not math.isfinite(kl):
-            raise NonFiniteError("The KL of an iteration is not finite", where="KLController", got=kl)
+            raise NonFiniteError(
+                "The KL of an iteration is not finite",
+                where="KLController",
+                got=kl,
+                wanted="a policy that can be told from its reference by finite numbers; lower the learning rate",
+            )
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.beta *= 1 + error * batch / self.horizon
 
