@@ -114,7 +114,11 @@ def weight(model: str, revision: str | None, quantization: str, *, dtype_bytes: 
         if not Path(model).is_dir():
             return None
         told = str(error).strip().partition("\n")[0]
-        raise ModelError(f"The classifier {model!r} could not be read: {told}", where=model) from error
+        raise ModelError(
+            f"The classifier {model!r} could not be read: {told}",
+            where=model,
+            wanted="a sequence classifier with its config.json, a folder or a hub id",
+        ) from error
     total: int = sum(p.numel() for p in network.parameters())
     if quantization == "none":
         return total * dtype_bytes
