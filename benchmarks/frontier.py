@@ -7,8 +7,10 @@
 For every seed the stages before the safe one run once; an arm copies them, so that arms of a seed differ by their safe
 stage alone (or have no such stage: `one-stage`; or have it first: `reversed`). Pairs of the first round come from the
 policy that all share and are copied too. Then the last adapter is scaled by q and the policy sampled on held-out
-prompts, once per scale; what is sampled is kept, and the same call goes on where an earlier one stopped. An arm is
-<method>[-offline]:<beta>; offline pairs are those of the data with the label `safer`.
+prompts, once per scale; what is sampled is kept, and the same call goes on where an earlier one stopped.
+
+An arm is <token risk>[-offline|-unweighted]:<beta>. Offline pairs are those of the data with the label `safer`; pairs
+that are sampled carry the weights of `pair_risk`, CVaR 0.2 of the cost of the rejected one, unless they are unweighted.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ TOKEN_RISK: dict[str, tuple[float, dict[str, Any]]] = {  # alpha and risk of the
 }
 ARMS = [
     *("cvar:0.05", "mean:0.05", "sacpo:0.5", "evar:0.05", "entropic:0.05", "one-stage:0.1", "reversed:0.05"),
-    *("cvar-offline:0.05", "sacpo-offline:0.05", "cvar:0.5", "mean:0.5", "sacpo:0.05"),
+    *("cvar-offline:0.05", "sacpo-offline:0.05", "cvar-unweighted:0.05", "mean-unweighted:0.05"),
+    *("cvar:0.5", "mean:0.5", "sacpo:0.05"),
 ]
 OFFLINE = 800  # labelled pairs: as many updates as 400 of sampled ones in two epochs
 QUIET = Display(silent=True)
@@ -89,7 +92,7 @@ def stories_world(seed: int, size: Size, folder: Path, model: Path, texts: Path)
         "name": "stories",
         "seed": seed,
         "model": {"base": str(model), "quantization": "nf4", "dtype": "float32"},
-        "training": {"learning_rate": 1e-3, "batch_size": 32, "micro_batch": 32, "max_length": 256},
+        "training": {"learning_rate": 1e-3, "batch_size": 32, "micro_batch": 32, "max_prompt_length": 128},
         "stages": {
             "helpful": {**stage, "beta": 0.1, "on_policy": {**helpful, "scorer": "vader_reward"}},
             "safe": {**stage, "beta": 0.05, "on_policy": {**safe, "scorer": "vader_cost"}},
@@ -118,8 +121,8 @@ def afinn_cost(prompts: list[str], completions: list[str], **columns: Any) -> li
     from afinn import Afinn  # type: ignore[import-not-found]
 
     lexicon = Afinn()
-    weights = [[min(lexicon.score(word), 0.0) for word in text.split()] for text in completions]
-    return [-sum(found) / max(len(found), 1) for found in weights]
+    weights = [[max(-lexicon.score(word), 0.0) for word in text.split()] for text in completions]
+    return [sum(found) / max(len(found), 1) for found in weights]
 
 
 def arm_stages(shared: Stages, arm: str, mixed: Path) -> Stages:
@@ -138,9 +141,12 @@ def arm_stages(shared: Stages, arm: str, mixed: Path) -> Stages:
         first = {**shared["helpful"], "data": {**labels, "label": "safer"}}
         last = {k: v for k, v in safe.items() if k != "pair_risk"} | {"on_policy": {**safe["on_policy"], **scorer}}
         return {**before, "safe": first, "helpful": last}
-    alpha, risk = TOKEN_RISK[method.removesuffix("-offline")]
+    token, _, how = method.partition("-")
+    alpha, risk = TOKEN_RISK[token]
     safe |= {"alpha": alpha, "risk": risk}
-    if method.endswith("-offline"):
+    if how == "unweighted":
+        del safe["pair_risk"]
+    if how == "offline":
         safe = {k: v for k, v in safe.items() if k != "on_policy"}
         safe |= {
             "data": {**labels, "label": "safer", "limit": OFFLINE},
