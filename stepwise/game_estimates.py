@@ -99,6 +99,8 @@ class Drawn:
     `stepwise.watch.Steering`.
     """
 
+    over = False  # never ends a training
+
     def __init__(
         self, payoff: Payoff, correcting: Correcting, wins_NAMM: Tensor, mu_NM: Tensor, *, draws: int, seed: int
     ) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,16 @@ from torch import Tensor
 from stepwise import game_pool, judge_targets, targets
 from stepwise.errors import DataError
 from stepwise.game_estimates import ESTIMATORS, Correcting, Drawn, Follower, Memoryless, Tracker
+from stepwise.game_held_out import HeldOut
 from stepwise.game_payoffs import SPREAD, Payoff, on_pool, spread, target_loss
 from stepwise.game_pool import Panel
 from stepwise.game_strata import StrataScale
 from stepwise.matrix_game import guaranteed_beta
+from stepwise.methods.game import Game
 from stepwise.recipe_games import Draws, GameStage, Strata
 from stepwise.risk import CVaR, Entropic, Mean, RiskMeasure, build
 from stepwise.tokens import Tokens
+from stepwise.train import Batch
 from stepwise.watch import Steering, Together
 
 
@@ -29,10 +33,11 @@ class Moving:
     scale: StrataScale | None
     weight: StrataScale | None
     estimate: Drawn | None
+    held_out: HeldOut | None = None
 
     @classmethod
     def of(cls, stage: GameStage, payoff: Payoff, rows: Tokens, *, seed: int) -> Moving:
-        """Made from the pool of the round, where no step was taken."""
+        """Made from the pool of the round, where no step was taken, without what is held out."""
         strata = None if stage.strata is None else strata_scale(stage.strata, payoff, rows, beta=stage.beta)
         on_loss = stage.strata is not None and stage.strata.acts_on == "loss"
         return cls(
@@ -44,7 +49,7 @@ class Moving:
     @property
     def steering(self) -> Steering | None:
         """All as one, for checkpoints."""
-        found = {"strata": self.scale or self.weight, "draws": self.estimate}
+        found = {"strata": self.scale or self.weight, "draws": self.estimate, "held_out": self.held_out}
         parts: dict[str, Steering] = {name: part for name, part in found.items() if part is not None}
         return Together(parts) if parts else None
 
@@ -81,9 +86,27 @@ def strata_scale(part: Strata, payoff: Payoff, rows: Tokens, *, beta: float) -> 
     p_NM = payoff(wins, payoff.opponent(base, zero))
     on_loss = part.acts_on == "loss"
     value_N = -target_loss(zero, p_NM / beta) if on_loss else (on_pool(base, zero) * p_NM).sum(-1)
+    return scale_of(part, *_told(rows), value_N.tolist())
+
+
+def held_out_of(
+    stage: GameStage, objective: Game, rows: Tokens, held: Iterable[Batch], scale: StrataScale | None
+) -> HeldOut | None:
+    """The gap on `rows`, which do not train and come in batches `held`; a stratum counts as it does where it trains."""
+    if stage.held_out is None:
+        return None
+    scales: Callable[[], Tensor] = partial(torch.ones, len(rows), dtype=torch.float64)
+    if scale is not None and stage.strata is not None:
+        strata = list(map(str, strata_of(stage.strata.column, *_told(rows))))
+        scale.of_strata(strata)
+        scales = partial(scale.of_strata, strata)
+    return HeldOut(objective, held, **stage.held_out.model_dump(exclude={"share"}), scales=scales)
+
+
+def _told(rows: Tokens) -> tuple[list[str], dict[str, list[object]]]:
+    """Texts and columns of the prompts of a pool."""
     names = [name for name in rows[0]["columns"] if name not in ("wins", "base", "prompt", "asked")]
-    columns = {name: [of.get(name) for of in rows.columns] for name in names}
-    return scale_of(part, [of["asked"] for of in rows.columns], columns, value_N.tolist())
+    return [of["asked"] for of in rows.columns], {name: [of.get(name) for of in rows.columns] for name in names}
 
 
 def scale_of(

@@ -6,17 +6,22 @@ stages/02-game/{data.json, round-1/{pool/, checkpoints/, adapter/}, metrics.json
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 
 from stepwise import checkpoint, game_pool
 from stepwise.footprint import Footprint
-from stepwise.game_parts import Moving, doubts, panel_of, payoff_of
+from stepwise.formats import Pair, Prompt
+from stepwise.game_parts import Moving, doubts, held_out_of, panel_of, payoff_of
+from stepwise.game_strata import StrataScale
 from stepwise.methods import game
 from stepwise.recipe_games import GameStage
 from stepwise.sampling import Decoding, Prompts
+from stepwise.scorer_rows import split
 from stepwise.stages import STEERING, StageMonitor, begin, check_start, commit, save_stage, training_of
 from stepwise.tokens import Tokens
 from stepwise.train import train
@@ -38,17 +43,25 @@ def run_game_stage(run: Workspace, name: str, stage: GameStage, place: Path, *, 
     training = training_of(run.recipe, name, seed)
     for number in range(1, stage.rounds + 1):
         part = place / f"round-{number}"
-        rows = _rows(run, stage, prompts, objective, Path(stage.pool) if stage.pool else part / "pool", seed, number)
+        pool = _rows(run, stage, prompts, objective, Path(stage.pool) if stage.pool else part / "pool", seed, number)
+        rows, held = _split(stage, pool)
         if number == 1 and not (part / "checkpoints").exists():
             check_start(run, collate([rows[i] for i in range(min(4, len(rows)))]))
             for told in doubts(stage, payoff, rows):
                 run.display.warn(told)
         moving = Moving.of(stage, payoff, rows, seed=seed * 1000 + number)
         objective.play(moving.scale, moving.weight, moving.estimate)
-        steering = moving.steering
+        if number == 1 and moving.scale is not None:
+            _check_evaluated(run, stage, moving.scale)
+        watched = held_out_of(
+            stage, objective, held, game.batches_of(objective, held, collate, _MEASURED), moving.scale
+        )
+        steering = replace(moving, held_out=watched).steering
         if not (part / "adapter").is_dir():
             with run.display.bar(name) as bar:
                 monitor = StageMonitor(run, bar, {"stage": name, "round": number})
+                if watched is not None:
+                    watched.monitor = monitor
                 train(
                     run.policy,
                     objective,
@@ -66,11 +79,34 @@ def run_game_stage(run: Workspace, name: str, stage: GameStage, place: Path, *, 
         if steering is not None:
             steering.load_state_dict(json.loads((part / "adapter" / STEERING).read_text()))
     numbers = game.measure(objective, rows, collate=collate, batch_size=_MEASURED)
+    known: dict[str, Any] = {} if watched is None else {**watched.numbers(), "state": watched.state}
     if run.main:
-        checkpoint.write_text(place / "metrics.json", json.dumps({**footprint.numbers(), **numbers}, indent=1))
+        about = {**footprint.numbers(), **numbers, **known}
+        checkpoint.write_text(place / "metrics.json", json.dumps(about, indent=1))
     commit(run, place / "adapter", partial(save_stage, run, name, steering))
     told = ", ".join(f"{key} {numbers[key]:.3g}" for key in ("gap", "kl", "value", "ess/policy"))
-    run.display.say(f"  on the pool: {told}; {name} took {footprint.seconds:.0f} s")
+    held_to = "" if watched is None else f"; held out: gap {known['gap/held_out']:.3g}, {watched.state}"
+    run.display.say(f"  on the pool: {told}{held_to}; {name} took {footprint.seconds:.0f} s")
+
+
+def _split(stage: GameStage, pool: Tokens) -> tuple[Tokens, Tokens]:
+    """Prompts to train on and prompts held out, the latter none where the stage does not ask for them."""
+    sides = split(pool, held_out=stage.held_out.share) if stage.held_out else (pool, pool.select([]))
+
+    def counted(rows: Tokens) -> Tokens:
+        return replace(rows, columns=[{**columns, "prompt": n} for n, columns in enumerate(rows.columns)])
+
+    return counted(sides[0]), counted(sides[1])
+
+
+def _check_evaluated(run: Workspace, stage: GameStage, scale: StrataScale) -> None:
+    """Raise `DataError` where the evaluation tells strata apart by the same column and has one that trains nowhere."""
+    part = run.recipe.evaluate
+    if part is None or stage.strata is None or part.strata != stage.strata.column:
+        return
+    rows = run.load(part.data).rows
+    known = [row.columns.get(part.strata) for row in rows if isinstance(row, Prompt | Pair)]
+    scale.of_strata([str(stratum) for stratum in known if stratum is not None])
 
 
 def _rows(

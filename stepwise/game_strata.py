@@ -24,6 +24,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from stepwise.errors import DataError
 from stepwise.risk import RiskMeasure
 
 SCALES = (0.1, 4.0)  # no stratum is forgotten, and none pulls its prompts further than training can follow
@@ -35,6 +36,8 @@ class StrataScale:
 
     value_N: what every prompt is worth before any step, larger is better; NaN where that is not known.
     """
+
+    over = False  # never ends a training
 
     def __init__(self, measure: RiskMeasure, strata: Sequence[str], value_N: Sequence[float], *, gain: float) -> None:
         self.names = sorted(set(strata))
@@ -62,6 +65,16 @@ class StrataScale:
     def of(self, prompt_B: Tensor) -> Tensor:
         """w_e / p_e of each prompt, (B,)."""
         return self.scale_E[self._stratum_N[prompt_B.cpu()]].to(prompt_B.device)
+
+    def of_strata(self, strata: Sequence[str]) -> Tensor:
+        """w_e / p_e by name, (B,). Raises `DataError` for a stratum that no prompt here has."""
+        unknown = sorted(set(strata) - set(self.names))
+        if unknown:
+            wanted = f"{', '.join(self.names)}; or prompts of it to train on, or no strata where it is measured"
+            raise DataError(
+                "Prompts to measure on are of a stratum that trains nowhere", got=", ".join(unknown), wanted=wanted
+            )
+        return self.scale_E[[self.names.index(name) for name in strata]]
 
     def observe(self, prompt_B: Tensor, value_B: Tensor) -> None:
         """Keep what these prompts are worth now; the weights move after the step."""

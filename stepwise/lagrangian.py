@@ -31,6 +31,8 @@ class Lagrangian:
     It aims at limit - margin: a certificate is an upper bound, which a risk at the limit itself hardly ever passes.
     """
 
+    over = False  # never ends a training
+
     def __init__(
         self,
         policy: Policy,

@@ -310,7 +310,7 @@ def _gap(p_XN: Floats, pi_XN: Floats, pi0_XN: Floats, beta: float) -> Floats:
     alive_XN = pi0_XN > 0
     if beta == 0:
         return np.asarray(np.where(alive_XN, p_XN, -math.inf).max(-1) - (pi_XN * p_XN).sum(-1))
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         utility_XN = p_XN / beta - np.where(alive_XN, np.log(pi_XN) - np.log(pi0_XN), 0)
         mean_X1 = np.where(pi_XN > 0, pi_XN * utility_XN, 0).sum(-1, keepdims=True)
         c_XN = np.where(alive_XN, utility_XN - mean_X1, 0)

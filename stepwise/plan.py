@@ -185,6 +185,8 @@ def _game(recipe: Recipe, name: str, stage: GameStage, reader: Reader, bytes_of:
     found, notes = reader.rows(stage.data, reader.tokenize(stage, training))
     positions = longest_prompt(found, training.max_prompt_length) + stage.max_new_tokens
     rows, rounds = None if found is None else reader.shown(found, pairs_to_come=False), stage.rounds
+    if stage.held_out is not None and rows is not None:
+        rows = replace(rows, kept=round(rows.kept * (1 - stage.held_out.share)), certainty="about")
     if stage.online is not None:
         rounds = stage.online.iterations
         rows = None if rows is None else replace(rows, kept=min(rows.kept, stage.online.prompts), certainty="")

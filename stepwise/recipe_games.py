@@ -73,6 +73,15 @@ class Strata(Part):
         return self
 
 
+class HeldOut(Part):
+    """Prompts that do not train: the gap on their pools says where the game stands, and may end it."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = Field(description="share of the prompts, chosen by their text")
+    every: Count = Field(default=20, description="steps from one measurement of the gap to the next")
+    patience: Count = Field(default=3, description="measurements without a smaller gap that make a game a cycling one")
+    stop: bool = Field(default=True, description="end training where the game has converged or cycles")
+
+
 class Draws(Part):
     """Payoffs from some opponents of the pool, drawn for every step, in place of all of them."""
 
@@ -161,6 +170,9 @@ class GameStage(Part):
         default=None, description="estimate payoffs from some opponents, as with few samples; null: from all, exactly"
     )
     strata: Strata | None = Field(default=None, description="risk over strata of prompts; null: prompts are alike")
+    held_out: HeldOut | None = Field(
+        default=None, description="measure the gap on prompts that do not train; null: on those that do, at the end"
+    )
     solver: Literal["mirror_descent", "extragradient"] = Field(
         default="mirror_descent", description="step against the present policy, or against where a trial step leads"
     )
@@ -193,7 +205,7 @@ class GameStage(Part):
         for key, part in {"draws": self.draws, "online": self.online}.items():
             for conflict in correction_conflicts(part.correction, part.opponents, self.risk) if part else ():
                 yield conflict._replace(key=(key, *conflict.key))
-        offline = {"draws": self.draws, "pool": self.pool, "nash_md": self.nash_md or None}
+        offline = {"draws": self.draws, "pool": self.pool, "nash_md": self.nash_md or None, "held_out": self.held_out}
         for key, value in offline.items():
             if self.online is not None and value is not None:
                 yield Conflict(

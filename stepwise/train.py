@@ -93,9 +93,9 @@ def train(
     numbers.
 
     `collate` makes a batch from rows, with `items` (1,), the number of tokens or pairs that the loss sums over, among
-    its tensors; the other tensors are the arguments of the objective. `steering` moves after every step. `start` is a
-    checkpoint of another training on the same parameters: its weights and the moments of its optimiser are begun with.
-    With `look_ahead` every step is preceded by one on the same batch that is taken back.
+    its tensors; the other tensors are the arguments of the objective. `steering` moves after every step and may end
+    training. `start` is a checkpoint of another training on the same parameters: its weights and the moments of its
+    optimiser are begun with. With `look_ahead` every step is preceded by one on the same batch that is taken back.
 
     Raises `NonFiniteError` before an update with a non-finite loss or gradient, `CheckpointError` when only damaged
     checkpoints are left or none can be written, `Interrupted` after SIGTERM or SIGINT once the finished step is saved,
@@ -118,10 +118,10 @@ def train(
         start=start,
         look_ahead=look_ahead,
     )
+    if resume is not None and steering is not None:
+        steering.load_state_dict(json.loads((resume / "loop.json").read_text())["steering"])
     if resume is not None and (last := trainer.finished(resume)):
         trainee.load_weights(trainee.names[-1], resume)
-        if steering is not None:
-            steering.load_state_dict(json.loads((resume / "loop.json").read_text())["steering"])
         monitor.start(int(last["step"]), int(last["step"]))
         return last
     if resume is None and start is not None:
@@ -172,10 +172,11 @@ class StepwiseTrainer(Trainer):
         self.remove_callback(PrinterCallback)
 
     def finished(self, saved: Path) -> dict[str, float] | None:
-        """The last numbers of a checkpoint of the last step; None for one of an earlier step."""
+        """The last numbers of a checkpoint of the last step, with its steering; None for one of an earlier step."""
         state = TrainerState.load_from_json(str(saved / "trainer_state.json"))
         *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
-        return [line for line in state.log_history if "loss" in line][-1] if state.global_step >= steps else None
+        last = state.global_step >= steps or (self.steering is not None and self.steering.over)
+        return [line for line in state.log_history if "loss" in line][-1] if last else None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)

@@ -28,6 +28,10 @@ class Monitor(Protocol):
 class Steering(Protocol):
     """What moves with a training besides the weights, such as a Lagrange multiplier; part of every checkpoint."""
 
+    @property
+    def over(self) -> bool:
+        """Whether training has gone far enough; asked after every step."""
+
     def after_step(self, step: int) -> None:
         """Optimiser step `step`, counted from 1, is done; every process calls this at the same time."""
 
@@ -43,6 +47,10 @@ class Together:
 
     def __init__(self, parts: Mapping[str, Steering]) -> None:
         self.parts = parts
+
+    @property
+    def over(self) -> bool:
+        return any(part.over for part in self.parts.values())
 
     def after_step(self, step: int) -> None:
         for part in self.parts.values():
@@ -95,7 +103,7 @@ class LogTo(TrainerCallback):
             self.monitor.start(state.global_step, state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        control.should_log |= state.global_step >= state.max_steps
+        control.should_log |= state.global_step >= state.max_steps or control.should_training_stop
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs and "loss" in logs and state.is_world_process_zero:
@@ -104,13 +112,16 @@ class LogTo(TrainerCallback):
 
 
 class Steer(TrainerCallback):
-    """Let a `Steering` move after every step, before the checkpoint of that step."""
+    """Let a `Steering` move after every step, before the checkpoint of that step, and end the training."""
 
     def __init__(self, steering: Steering) -> None:
         self.steering = steering
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.steering.after_step(state.global_step)
+        if self.steering.over:
+            control.should_training_stop = True
+            control.should_save = args.save_strategy != "no"
 
 
 class StopOnSignal(TrainerCallback):

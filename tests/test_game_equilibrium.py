@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(lambda: llama(layers=1), tmp_path_factory.mktemp("models") / "llama")
 
 
-def play(
-    base: Path, folder: Path, payoff: Payoff, scale: Any = None, *, beta: float = BETA, extragradient: bool = False
-) -> Any:
-    """omega (N, M) after training, and the numbers of the whole pool."""
+def fresh(base: Path) -> Policy:
+    """Under an adapter that does nothing yet, the same every time."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     policy = Policy.load(str(base), quantization="none", dtype=torch.float32)
     policy.push("game", rank=16, alpha=32)
+    return policy
+
+
+def play(
+    base: Path, folder: Path, payoff: Payoff, scale: Any = None, *, beta: float = BETA, extragradient: bool = False
+) -> Any:
+    """omega (N, M) after training, and the numbers of the whole pool."""
+    policy = fresh(base)
     objective, rows, collate = Game(policy, payoff=payoff, beta=beta, scale=scale), pool(), batches(policy.pad_id)
     training = Training(
         epochs=250, learning_rate=0.01, batch_size=4, micro_batch=4, warmup=0.05, save_every=0, max_grad_norm=10.0
@@ -89,6 +96,65 @@ def test_the_equilibrium_of_the_pool_is_reached(
     assert wanted.converged and np.abs(wanted.policy - even).sum(-1).min() > 0.05
     distance = np.abs(omega - wanted.policy).sum(-1).max()
     assert distance <= 1e-3 and numbers["gap/max"] < 1e-6
+
+
+def test_extragradient_is_two_steps_written_by_hand(base: Path, tmp_path: Path) -> None:
+    """h from s against pi(s); weights and moments as before; then the step that counts, from s against pi(h)."""
+    tau, rate, clip, steps = 5.0, 0.01, 0.5, 3
+    policy, other = (fresh(base) for _ in range(2))
+    objective, rows, collate = Game(policy, payoff=Payoff(opponents=Entropic(tau)), beta=BETA), pool(), batches(0)
+    training = Training(
+        epochs=steps, learning_rate=rate, batch_size=4, micro_batch=2, warmup=0, scheduler="constant", save_every=0,
+        max_grad_norm=clip,
+    )  # fmt: skip
+    train(
+        policy,
+        objective,
+        rows,
+        collate=collate,
+        training=training,
+        folder=tmp_path,
+        monitor=Quiet(),
+        look_ahead=objective,
+    )
+
+    P = torch.from_numpy(judged())
+    weights = [p for p in other.module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+
+    def log_probs() -> torch.Tensor:
+        found = []
+        for row in rows:
+            for i in range(SAMPLES):
+                prompt, response = row["prompt_ids"], row[response_field(i)]
+                logits = other.model(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1]
+                found.append(logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).sum())
+        return torch.stack(found).view(PROMPTS, SAMPLES)
+
+    def step(s: torch.Tensor, faced: torch.Tensor) -> None:
+        mu = faced.double().softmax(-1)
+        p = -((mu[:, None, :] * torch.exp(-tau * P)).sum(-1)).log() / tau
+        d = s - (p / BETA).float()
+        loss = ((d[:, :, None] - d[:, None, :]).square().sum((1, 2)) / 2 / SAMPLES).sum() / PROMPTS
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, clip)
+        optimizer.step()
+
+    reference = log_probs().detach()  # the adapter does nothing yet
+    for _ in range(steps):
+        kept = [w.detach().clone() for w in weights], copy.deepcopy(optimizer.state_dict())
+        s = log_probs() - reference
+        step(s, s.detach())
+        ahead = (log_probs() - reference).detach()
+        for w, before in zip(weights, kept[0], strict=True):
+            w.data.copy_(before)
+        optimizer.load_state_dict(kept[1])
+        step(log_probs() - reference, ahead)
+    mine = [p for p in policy.module.parameters() if p.requires_grad]
+    assert max(w.abs().max().item() for w in mine) > 2 * rate
+    for one, two in zip(mine, weights, strict=True):
+        assert torch.allclose(one, two, atol=2e-5)
 
 
 def test_risk_over_strata_reaches_the_optimum_against_the_reference(base: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from game_runs import ADAPTER, STAGE, written
 from tail_runs import lines, run
 
+from stepwise import game_pool
 from stepwise.errors import CheckpointError, ConfigError, DataError, ScoreError
 from stepwise.plan import plan
 from stepwise.recipe import Recipe, load
@@ -77,6 +78,8 @@ OTHERS = [
     ["stages.game.strata={risk: {measure: entropic, eta: 50}, column: JUDGE:by_length}"],
     ["stages.game.strata={risk: {measure: entropic, eta: 5}, anchor: 0, acts_on: loss}"],
     ["stages.game.strata={risk: {measure: cvar, alpha: 0.25}, anchor: 0, acts_on: loss, column: stepwise.strata:each}"],
+    ["stages.game.held_out={share: 0.3, every: 1, patience: 3}"],
+    ["stages.game.held_out={share: 0.5, every: 1, patience: 3}"],
     ["stages.game.annotators={shares: {low: 0.8, high: 0.2}, risk: {measure: mean}}"],
     ["stages.game.annotators={shares: {low: 0.8, high: 0.2}, risk: {measure: entropic, eta: 5}}"],
 ]
@@ -98,6 +101,20 @@ def test_every_option_changes_the_run(recipe: Callable[..., Recipe], source: Pat
         weights = (folder / STAGE / ADAPTER).read_bytes()
         assert weights not in seen, overrides
         seen.add(weights)
+
+
+def test_a_game_ends_where_its_gap_on_held_out_prompts_rises(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    held = ["stages.game.held_out={share: 0.5, every: 1, patience: 2}", f"stages.game.pool={tmp_path}/pool"]
+    fast = ["training.learning_rate=0.3", "training.epochs=8", "training.save_every=0", "training.micro_batch=4"]
+    done = {}
+    for name, more in {"ends": [], "stop": ["stages.game.held_out.stop=false"]}.items():
+        run(recipe(*fast, *held, *more), tmp_path / name)
+        metrics = json.loads((tmp_path / name / STAGE / "metrics.json").read_text())
+        done[name] = [line for line in lines(tmp_path / name) if "gap/held_out" in line]
+        assert metrics["gap/held_out"] == done[name][-1]["gap/held_out"] and metrics["state"] == "cycling"
+    gaps = [line["gap/held_out"] for line in done["ends"]]
+    assert min(gaps[-2:]) >= min(gaps[:-2], default=gaps[0]) and len(gaps) < len(done["stop"])
+    assert gaps == [line["gap/held_out"] for line in done["stop"][: len(gaps)]]
 
 
 def test_a_plan_says_what_a_stage_samples_and_trains(recipe: Callable[..., Recipe]) -> None:
@@ -167,6 +184,17 @@ def test_a_stratum_needs_two_prompts(recipe: Callable[..., Recipe], tmp_path: Pa
         run(recipe(strata.replace("}}", "}, column: nothing}")), tmp_path / "none")
 
 
+def test_what_is_evaluated_by_strata_trains_on_them(
+    recipe: Callable[..., Recipe], finished: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "held.jsonl").write_text('{"prompt": "w3", "stratum": "a"}\n{"prompt": "w4", "stratum": "rude"}\n')
+    given = [f"stages.game.pool={finished / STAGE}/round-1/pool", "stages.game.strata={risk: {measure: mean}}"]
+    data = f"{{path: {tmp_path}/held.jsonl, format: prompts}}"
+    held = f"evaluate={{data: {data}, strata: stratum, rewards: {{r: vader_reward}}}}"
+    with pytest.raises(DataError, match="trains nowhere"):
+        run(recipe(*given, held), tmp_path / "run")
+
+
 def test_severity_is_the_worse_of_two() -> None:
     levels = {"response_0_severity_level": [0, 3], "response_1_severity_level": [1, 2]}
     assert severity(["p", "q"], **levels, other=[1, 2]) == ["severity 1", "severity 3"]
@@ -189,6 +217,8 @@ def test_a_pool_is_shared_and_a_foreign_one_refused(
     ):
         with pytest.raises(CheckpointError, match=told):
             run(recipe(f"stages.game.pool={pool}", *others), tmp_path / "other" / told)
+    with pytest.raises(CheckpointError, match="another tokenizer"):
+        game_pool.check(pool, {"tokenizer": "of another model"})
 
 
 CYCLIC = """

@@ -82,6 +82,7 @@ EVERYTHING: dict[str, Any] = {
             "judge": {"target": "bradley_terry", "scorer": "./costs.py:good"},
             "strata": {"risk": {"measure": "mean"}},
             "draws": {"opponents": 2},
+            "held_out": {"share": 0.5},
             "annotators": {"shares": {"one": 0.5, "two": 0.5}, "risk": {"measure": "mean"}},
         },
         "asked": {
@@ -396,6 +397,9 @@ NUMBERS: dict[str, tuple[str, str]] = {
     "stages.game.draws.gain": (ANY, "1 0.5"),
     "stages.game.strata.anchor": (ANY, "0 1 0.5"),
     "stages.game.strata.gain": (ANY, "1 0.5"),
+    "stages.game.held_out.share": (ANY, "0.5"),
+    "stages.game.held_out.every": (WHOLE, "1"),
+    "stages.game.held_out.patience": (WHOLE, "1"),
     "stages.game.judge.scale": (ANY, "1 0.5"),
     "stages.priced.iterations": (WHOLE, "1"),
     "stages.priced.batch": (WHOLE, ""),

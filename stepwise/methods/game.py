@@ -201,7 +201,7 @@ def log_ratios(objective: Game, rows: Tokens, *, collate: Callable[..., Batch], 
     """s of every response of a pool under the policy as it is, (N, M), on the CPU."""
     found = []
     with torch.no_grad():
-        for batch in _batches_of(objective, rows, collate, batch_size):
+        for batch in batches_of(objective, rows, collate, batch_size):
             prepared = objective.look_ahead(objective.prepare(batch))
             found.append(prepared["faced"].cpu())
     return torch.cat(found)
@@ -211,14 +211,15 @@ def measure(objective: Game, rows: Tokens, *, collate: Callable[..., Batch], bat
     """Means over a whole pool of what a step logs of its batch, and the largest gap of a prompt."""
     sums: dict[str, list[float]] = {}
     with torch.no_grad():
-        for batch in _batches_of(objective, rows, collate, batch_size):
+        for batch in batches_of(objective, rows, collate, batch_size):
             arguments = {name: tensor for name, tensor in batch.items() if name not in ("items", "rows")}
             for name, values in objective(**arguments).metrics.items():
                 sums.setdefault(name, []).extend(values.flatten().tolist())
     return {name: math.fsum(values) / len(values) for name, values in sums.items()} | {"gap/max": max(sums["gap"])}
 
 
-def _batches_of(objective: Game, rows: Tokens, collate: Callable[..., Batch], size: int) -> Iterator[Batch]:
+def batches_of(objective: Game, rows: Tokens, collate: Callable[..., Batch], size: int) -> Iterator[Batch]:
+    """A pool in its own order, `size` prompts at once, on the device of the policy."""
     for start in range(0, len(rows), size):
         batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
         yield {name: tensor.to(objective.policy.device) for name, tensor in batch.items()}

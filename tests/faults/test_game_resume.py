@@ -20,7 +20,7 @@ ALL = [
     "stages.game.strata={risk: {measure: entropic, eta: 50}, anchor: 0.5}",
     "stages.game.rounds=2",
     "stages.game.risk={measure: entropic, eta: 5}",
-    "stages.game.draws={opponents: 2}",
+    "stages.game.held_out={share: 0.2, every: 2, patience: 9}",
 ]
 
 
@@ -29,10 +29,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("recipe"))
 
 
+@pytest.fixture(scope="module", params=["follower", "tracker"])
+def draws(request: pytest.FixtureRequest) -> str:
+    return f"stages.game.draws={{opponents: 2, correction: {request.param}}}"
+
+
 @pytest.fixture(scope="module")
-def finished(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(recipe: Path, draws: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
-    ended = fork(lambda: run(load(recipe, ALL), folder))
+    ended = fork(lambda: run(load(recipe, [*ALL, draws]), folder))
     assert ended.code == 0, ended.error
     return folder
 
@@ -41,16 +46,18 @@ def asked(recipe: Path) -> int:
     return sum(int(line) for line in recipe.with_name("calls").read_text().splitlines())
 
 
-@pytest.mark.parametrize("k", [60, 160, 330])
-def test_a_game_killed_anywhere_goes_on_to_the_same_bits(finished: Path, recipe: Path, tmp_path: Path, k: int) -> None:
+@pytest.mark.parametrize("k", [160, 330])
+def test_a_game_killed_anywhere_goes_on_to_the_same_bits(
+    finished: Path, recipe: Path, draws: str, tmp_path: Path, k: int
+) -> None:
     before = asked(recipe)
 
     def killed() -> None:
         with KillAt(k):
-            run(load(recipe, ALL), tmp_path / "run")
+            run(load(recipe, [*ALL, draws]), tmp_path / "run")
 
     assert fork(killed).code == -9
-    ended = fork(lambda: run(load(recipe, ALL), tmp_path / "run"))
+    ended = fork(lambda: run(load(recipe, [*ALL, draws]), tmp_path / "run"))
     assert ended.code == 0, ended.error
     assert state(tmp_path / "run") == state(finished)
     one, two = (folder / STAGE / "adapter" / "multiplier.json" for folder in (tmp_path / "run", finished))
