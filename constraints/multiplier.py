@@ -85,19 +85,22 @@ class DualAscent:
     log(lambda / min) / (lr * violation) updates. A constraint that does not bind leaves lambda at `min`.
 
     The first `warmup` updates leave lambda. `smoothing` s: the violation used is s * average + (1 - s) * violation.
+    With a `limit` of its own an update takes the risk of the cost, and the violation is risk - limit.
     """
 
     init: float = 1.0
     lr: float = 0.1
-    min: float = 1e-3
+    limit: float = 0.0
     max: float = 1e3
+    min: float = 1e-3
     warmup: int = 0
     smoothing: float = 0.0
     _state: _Ascent = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check("DualAscent", min=(self.min, 1 / HUGE, HUGE), max=(self.max, self.min, HUGE), lr=(self.lr, 0, HUGE))
-        _check("DualAscent", init=(self.init, self.min, self.max), **_pace(self.warmup, self.smoothing))
+        _check("DualAscent", limit=(self.limit, -HUGE, HUGE), init=(self.init, self.min, self.max))
+        _check("DualAscent", warmup=(self.warmup, 0, HUGE), smoothing=(self.smoothing, 0, 0.9999))
         self._state = _Ascent(float(self.init))
 
     @property
@@ -106,7 +109,7 @@ class DualAscent:
 
     def update(self, violation: float) -> None:
         state = self._state
-        average = _smooth(state.violation, violation, self.smoothing)
+        average = _smooth(state.violation, violation - self.limit, self.smoothing)
         value, updates = state.value, state.updates + 1
         if updates > self.warmup:  # e^500 spans min to max, whatever they are
             value = _clip(value * math.exp(_clip(self.lr * average, -500, 500)), self.min, self.max)
@@ -127,15 +130,17 @@ class PID:
     cannot wind up below 0. Deviations: I starts at `init`, includes ki, and cannot wind up above `max` either, so that
     lambda comes down as soon as an unmet limit is met; one moving average serves all three terms.
 
-    `warmup` and `smoothing` as in `DualAscent`. lambda follows every violation by kp: smooth where batches are small.
+    `limit`, `warmup` and `smoothing` as in `DualAscent`. lambda follows every violation by kp: smooth where batches are
+    small.
     """
 
     kp: float
     ki: float
     kd: float
     init: float = 1.0
-    min: float = 0.0
+    limit: float = 0.0
     max: float = 1e3
+    min: float = 0.0
     warmup: int = 0
     smoothing: float = 0.0
     _state: _Control = field(init=False, repr=False)
@@ -143,7 +148,8 @@ class PID:
     def __post_init__(self) -> None:
         _check("PID", **{name: (getattr(self, name), 0, HUGE) for name in ("kp", "ki", "kd", "min")})
         _check("PID", max=(self.max, self.min, HUGE))
-        _check("PID", init=(self.init, self.min, self.max), **_pace(self.warmup, self.smoothing))
+        _check("PID", limit=(self.limit, -HUGE, HUGE), init=(self.init, self.min, self.max))
+        _check("PID", warmup=(self.warmup, 0, HUGE), smoothing=(self.smoothing, 0, 0.9999))
         self._state = _Control(float(self.init), float(self.init))
 
     @property
@@ -152,7 +158,7 @@ class PID:
 
     def update(self, violation: float) -> None:
         state = self._state
-        average = _smooth(state.violation, violation, self.smoothing)
+        average = _smooth(state.violation, violation - self.limit, self.smoothing)
         value, integral, updates = state.value, state.integral, state.updates + 1
         if updates > self.warmup:
             integral = _clip(integral + self.ki * average, 0.0, self.max)
@@ -209,10 +215,6 @@ def _smooth(average: float | None, violation: float, smoothing: float) -> float:
 
 def _clip(x: float, low: float, high: float) -> float:
     return float(low if x < low else high if x > high else x)
-
-
-def _pace(warmup: float, smoothing: float) -> dict[str, tuple[float, float, float]]:
-    return {"warmup": (warmup, 0, HUGE), "smoothing": (smoothing, 0, 0.9999)}
 
 
 def _check(where: str, **ranges: tuple[float, float, float]) -> None:

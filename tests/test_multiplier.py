@@ -205,6 +205,18 @@ def test_warmup_leaves_lambda_and_smoothing_averages(kind: str) -> None:
     assert multiplier.value == pytest.approx(wanted, rel=1e-15)
 
 
+@pytest.mark.parametrize("kind", [DualAscent, lambda **how: PID(kp=0.5, ki=0.25, kd=2.0, **how)])
+def test_with_a_limit_of_its_own_a_multiplier_takes_the_risk(kind: Callable[..., Multiplier]) -> None:
+    own, told = kind(init=2.0, limit=6.0, max=10.0), kind(init=2.0, max=10.0)
+    for risk in (8.0, 7.0, 3.0, 6.5):
+        own.update(risk)
+        told.update(risk - 6.0)
+        assert own.value == told.value
+    assert DualAscent(2.0, 0.1, 6.0, 10.0) == DualAscent(init=2.0, lr=0.1, limit=6.0, max=10.0)
+    with pytest.raises(ConfigError, match="`limit` is out of range"):
+        kind(limit=math.inf)
+
+
 def test_a_fixed_multiplier_stays() -> None:
     multiplier = Fixed(3.0)
     multiplier.update(1e308)
