@@ -65,7 +65,7 @@ def true_risk(name: str, tail: float) -> float:
 @pytest.mark.parametrize("tail", [1.0, 0.1])
 @pytest.mark.parametrize("n", [50, 300, 1000])
 def test_the_bounds_of_mean_and_cvar_hold_as_often_as_they_say(n: int, tail: float) -> None:
-    confidence, runs = 0.9, 400
+    confidence, runs = 0.9, 200
     measure = Mean() if tail == 1 else CVaR(tail)
     for number, name in enumerate(COVERED):
         rows = sample(name, (runs, n), seed=number)
@@ -74,7 +74,7 @@ def test_the_bounds_of_mean_and_cvar_hold_as_often_as_they_say(n: int, tail: flo
 
 
 def test_the_bounds_of_the_other_measures_hold_as_often_as_they_say() -> None:
-    confidence, runs, n = 0.9, 400, 100
+    confidence, runs, n = 0.9, 200, 100
     p = np.full(1000, 1e-3)
     for name in ("beta", "catastrophe"):
         population = sample(name, (1, 1000), seed=5)[0]
