@@ -55,12 +55,12 @@ TAILS = (0.4, 0.2, 0.1)  # of the answers
 KIND = "target: combine, how: sum, parts: {kind: vader_reward}, weights: {kind: %d}"
 STORIES = [
     "model.dtype=float32",
-    "training={epochs: 2, learning_rate: 1e-3, batch_size: 96, micro_batch: 96, max_length: 96, max_prompt_length: 48, "
+    "training={epochs: 2, learning_rate: 2e-3, batch_size: 64, micro_batch: 64, max_length: 96, max_prompt_length: 48, "
     "scheduler: constant, warmup: 0, save_every: 0}",
-    "stages.aligned.iterations=16",
-    "stages.aligned.batch=96",
+    "stages.aligned.iterations=12",
+    "stages.aligned.batch=64",
     "stages.aligned.max_new_tokens=24",
-    "stages.aligned.tail={alpha: 0.4, warmup: 3, rho: 0.8}",
+    "stages.aligned.tail={alpha: 0.4, warmup: 2, rho: 0.8}",
     "stages.aligned.clip_value=1",
     f"stages.aligned.reward={{{KIND % 10}}}",
     f"evaluate.rewards={{objective: {{{KIND % 10}}}}}",
@@ -68,6 +68,7 @@ STORIES = [
     "evaluate.samples=2",
     "evaluate.max_new_tokens=24",
     "evaluate.data.limit=300",
+    "evaluate.bootstrap=100",  # the intervals that are shown are drawn here
 ]
 
 
@@ -238,13 +239,15 @@ def main() -> None:
     for seed in chosen.seeds:
         settings = [f"seed={seed}", *chosen.settings]
         if chosen.world == "sandbox":
-            settings += [f"sandbox.seed={seed}", "evaluate.policies=[sft, aligned]", "evaluate.samples=2"]
+            settings += [f"sandbox.seed={seed}", "evaluate.samples=2"]
         else:
             settings = [f"model.base={chosen.model}", *STORIES, *prompts(chosen.texts, home), *settings]
+        start_name = "sft" if chosen.world == "sandbox" else "base"
         for arm in chosen.arms:
+            shown = "aligned" if arm != chosen.arms[0] else f"{start_name}, aligned"
             start = runs.get((chosen.arms[0], seed))
             folder = home / f"seed-{seed}" / arm
-            runs[arm, seed] = play(recipe_name, [*settings, *ARMS[arm]], folder, start)
+            runs[arm, seed] = play(recipe_name, [*settings, *ARMS[arm], f"evaluate.policies=[{shown}]"], folder, start)
             print(f"{arm}, seed {seed}: {tokens(folder):,.0f} tokens sampled in training", flush=True)
     report(chosen.arms, chosen.seeds, runs)
 
@@ -253,7 +256,12 @@ def report(arms: Sequence[str], seeds: Sequence[int], runs: dict[tuple[str, int]
     """The tables and figures of finished runs."""
     read = {key: saved(folder / "samples" / "aligned.parquet", key[0]) for key, folder in runs.items()}
     first = {seed: runs[arms[0], seed] / "samples" for seed in seeds}
-    before = {s: first[s] / ("sft.parquet" if (first[s] / "sft.parquet").exists() else "base.parquet") for s in seeds}
+    before = {
+        seed: next(first[seed].glob(name))
+        for seed in seeds
+        for name in ("base.parquet", "sft.parquet")
+        if list(first[seed].glob(name))
+    }
     start = {seed: saved(path, "start") for seed, path in before.items()}
     options = {s: {"violation": 0.0, "bootstrap": 1000, "confidence": 0.95, "seed": s} for s in seeds}
     show("start", [levels(start[seed], options[seed]) for seed in seeds], seeds)
