@@ -37,23 +37,36 @@ def test_a_run_killed_anywhere_goes_on_to_the_same_bits(finished: Path, recipe: 
     assert state(tmp_path / "run") == state(finished)
 
 
+SHORT = ["stages.aligned.iterations=2", "training.epochs=1"]
+
+
+@pytest.fixture(scope="module")
+def constrained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A recipe under constraints, and a run of it that nothing stopped."""
+    folder = tmp_path_factory.mktemp("constrained")
+    path = priced(folder)
+    ended = fork(lambda: run(load(path, SHORT), folder / "whole"))
+    assert ended.code == 0, ended.error
+    return path, folder / "whole"
+
+
 @pytest.mark.parametrize("k", [150, 330])
-def test_a_run_under_constraints_goes_on_to_the_same_multipliers(tmp_path: Path, k: int) -> None:
-    (tmp_path / "recipe").mkdir()
-    path, short = priced(tmp_path / "recipe"), ["stages.aligned.iterations=2", "training.epochs=1"]
+def test_a_run_under_constraints_goes_on_to_the_same_multipliers(
+    constrained: tuple[Path, Path], tmp_path: Path, k: int
+) -> None:
+    path, whole = constrained
 
     def killed() -> None:
         with KillAt(k):
-            run(load(path, short), tmp_path / "run")
+            run(load(path, SHORT), tmp_path / "run")
 
     assert fork(killed).code == -9
-    for folder in ("run", "whole"):
-        ended = fork(lambda folder=folder: run(load(path, short), tmp_path / folder))
-        assert ended.code == 0, ended.error
-    last = [tmp_path / folder / STAGE / "iteration-00001" for folder in ("run", "whole")]
+    ended = fork(lambda: run(load(path, SHORT), tmp_path / "run"))
+    assert ended.code == 0, ended.error
+    last = [folder / STAGE / "iteration-00001" for folder in (tmp_path / "run", whole)]
     one, two = (json.loads((part / "episodes" / "episodes.json").read_text())["about"]["state"] for part in last)
     assert one == two and one["credit"]["multipliers"]["tail"]["updates"] == 2
     for pattern in ("episodes/episodes.safetensors", "checkpoints/*/optimizer.safetensors"):
         one, two = (sorted(part.glob(pattern))[-1].read_bytes() for part in last)
         assert one == two
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert lines(tmp_path / "run") == lines(whole)

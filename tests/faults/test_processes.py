@@ -62,8 +62,9 @@ def test_two_processes_give_the_losses_and_weights_of_one_and_stop_and_resume_to
     run(load(recipe, ["training.learning_rate=1e-3"]), tmp_path / "tail of one")
     one, two = lines(tmp_path / "tail of one"), lines(tmp_path / "tail")
     assert [line["iteration"] for line in two] == [line["iteration"] for line in one] == [0, 0, 1, 1, 2, 2]
+    assert two[0] == one[0]  # sampled before any update
     of_all = ("returns/threshold", "returns/kept", "episodes/kept", "kl/exact")
-    for name in (*of_all, "loss", "loss/value", "policy/ratio"):
+    for name in (*of_all, "loss", "grad_norm", "loss/value", "policy/ratio"):
         assert [line.get(name) for line in two] == pytest.approx([line.get(name) for line in one], abs=1e-5), name
     for iteration in (1, 2):  # the two that are kept
         rows = [
