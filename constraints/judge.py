@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from stepwise.endpoint import Endpoint, Unreadable, found_by
+from stepwise.endpoint import Answer, Endpoint, Unreadable, found_by
 from stepwise.templates import fill
 
 
@@ -25,8 +25,8 @@ class Judge:
         ]
         return self.endpoint.ask(questions, self._number)
 
-    def _number(self, answer: str) -> float:
-        found = found_by(self.pattern, answer)
+    def _number(self, answer: Answer) -> float:
+        found = found_by(self.pattern, answer.text)[1]
         try:
             value = float(found)
         except ValueError:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import os
 import re
 import threading
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from stepwise.errors import ScoreError
 from stepwise.scoring import BadRow
@@ -27,6 +28,14 @@ _COMPATIBLE = "an OpenAI-compatible endpoint, its address without /chat/completi
 _MATCHING = "a prompt that asks for such an answer, a `pattern` that finds it, or a larger `max_tokens`"
 
 T = TypeVar("T")
+
+
+class Answer(NamedTuple):
+    """What a model said. tokens: every token of it, and what could have stood there, by probability; where they were
+    asked for."""
+
+    text: str
+    tokens: Sequence[tuple[str, dict[str, float]]] = ()
 
 
 class Unreadable(Exception):
@@ -49,11 +58,12 @@ class Endpoint:
     retries: int = 5
     concurrency: int = 8
     max_tokens: int = 256
+    alternatives: int = 0  # tokens that could have stood in the place of each one, the most probable ones
 
     def __post_init__(self) -> None:
         _key(self.api_key_env)  # to be told now, not hours later
 
-    def ask(self, questions: Sequence[str], read: Callable[[str], T]) -> list[T]:
+    def ask(self, questions: Sequence[str], read: Callable[[Answer], T]) -> list[T]:
         """What `read` makes of the answer to each question; after a failure no further question is asked.
 
         Raises `BadRow` where there is no answer, or `read` raises `Unreadable`; else what `read` raises.
@@ -95,7 +105,8 @@ class Endpoint:
 
     def _body(self, question: str) -> dict[str, Any]:
         messages = [{"role": "user", "content": question}]
-        return {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens}
+        told = {"logprobs": True, "top_logprobs": self.alternatives} if self.alternatives else {}
+        return {"model": self.model, "messages": messages, "temperature": 0, "max_tokens": self.max_tokens, **told}
 
     def _reply(self, request: urllib.request.Request, stop: threading.Event) -> str:
         wait = FIRST_WAIT
@@ -110,25 +121,31 @@ class Endpoint:
         raise AssertionError("unreachable")
 
 
-def found_by(pattern: str, answer: str) -> str:
-    """What the one group of the pattern first matches in an answer. Raises `Unreadable` where it does not."""
+def found_by(pattern: str, answer: str) -> re.Match[str]:
+    """Where the one group of the pattern first matches in an answer. Raises `Unreadable` where it does not."""
     match = re.search(pattern, answer)
     if match is None or match[1] is None:
         raise Unreadable(f"the answer does not match {pattern!r}")
-    return match[1]
+    return match
 
 
-def _read_answer(reply: str, read: Callable[[str], T]) -> T:
+def _read_answer(reply: str, read: Callable[[Answer], T]) -> T:
     try:
-        answer = json.loads(reply)["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError, RecursionError):
-        answer = None
-    if not isinstance(answer, str):
+        choice = json.loads(reply)["choices"][0]
+        text, tokens = choice["message"]["content"], (choice.get("logprobs") or {}).get("content") or ()
+        answer = Answer(text, [(token["token"], _alternatives(token["top_logprobs"])) for token in tokens])
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError):
+        text = None
+    if not isinstance(text, str):
         raise _Failed("the reply is no chat completion with a text", reply, _COMPATIBLE)
     try:
         return read(answer)
     except Unreadable as error:
-        raise _Failed(str(error), answer, _MATCHING) from None
+        raise _Failed(str(error), text, _MATCHING) from None
+
+
+def _alternatives(told: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    return {str(one["token"]): math.exp(one["logprob"]) for one in told}
 
 
 class _Failed(Exception):

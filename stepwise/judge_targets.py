@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from stepwise import recipe_scorers, targets
@@ -14,6 +14,8 @@ from stepwise.recipe_judges import ChatJudge as ChatSpec
 from stepwise.recipe_judges import JudgeCall, JudgeSpec
 from stepwise.recipe_judges import PreferenceModel as PreferenceSpec
 from stepwise.scoring import TIMEOUT
+
+_ALTERNATIVES = 20  # the most that an OpenAI-compatible endpoint tells of a token
 
 
 def resolve(spec: str | JudgeSpec) -> PairJudge:
@@ -28,7 +30,8 @@ def resolve(spec: str | JudgeSpec) -> PairJudge:
         case JudgeCall():
             return _Timed(_function(spec.target), spec.timeout)
         case ChatSpec():
-            return ChatJudge(targets.endpoint(spec), spec.prompt, spec.pattern, spec.verdicts)
+            endpoint = replace(targets.endpoint(spec), alternatives=_ALTERNATIVES if spec.soft else 0)
+            return ChatJudge(endpoint, spec.prompt, spec.pattern, spec.verdicts, spec.soft)
         case BradleyTerrySpec():
             return BradleyTerry(targets.resolve(spec.scorer), scale=spec.scale, prefer=spec.prefer)
 

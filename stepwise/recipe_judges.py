@@ -103,6 +103,9 @@ class ChatJudge(Asked):
         default={"A": 1.0, "B": 0.0},
         description="verdict: probability that the first response wins; a verdict may also be such a number itself",
     )
+    soft: bool = Field(
+        default=False, description="mean over the verdicts, words of one token, by the probabilities of their tokens"
+    )
 
     def _conflicts(self) -> Iterator[Conflict]:
         for name in ("{first}", "{second}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -57,6 +58,34 @@ def test_every_pair_is_asked_in_both_orders_and_a_verdict_is_a_probability(serve
     assert {(body["model"], body["temperature"], body["max_tokens"]) for body in server.asked} == {("m-1", 0, 9)}
     assert {headers["Authorization"] for headers in server.headers} == {f"Bearer {KEY}"}
     assert server.paths == ["/v1/chat/completions"] * 6
+
+
+def weighed(first: float, other: float) -> Any:
+    """An answer whose third token is A, of probability `first`, where B has `other`."""
+    tops = {" A": first, "b": other, " the": 1e-9}
+    tokens = ["Better:", " ", " A", "."]
+    said = [{"token": t, "logprob": 0.0, "top_logprobs": [{"token": t, "logprob": 0.0}]} for t in tokens]
+    said[2]["top_logprobs"] = [{"token": t, "logprob": math.log(p)} for t, p in tops.items()]
+    return {"choices": [{**chat("Better:  A.")["choices"][0], "logprobs": {"content": said}}]}
+
+
+def test_a_soft_verdict_is_the_mean_over_the_tokens_that_could_stand_there(server: Server) -> None:
+    server.reply = lambda body: (200, weighed(0.6, 0.2) if asked_of(body)[1] == "x" else weighed(0.1, 0.7), {})
+    found = judged(server, ["x"], ["y"], soft=True, pattern=r": +(\w)", verdicts={"A": 1.0, "B": 0.0})
+    assert found.wins == pytest.approx([(0.75 + 1 - 0.125) / 2])
+    assert {(body["logprobs"], body["top_logprobs"]) for body in server.asked} == {(True, 20)}
+    assert judged(server, ["x"], ["y"], pattern=r": +(\w)", verdicts={"A": 1.0, "B": 0.0}).wins == [0.5]
+    assert "logprobs" not in server.asked[-1]
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [(weighed(0.3, 0.1), "the verdicts have 40%"), (chat("Better: A"), "tells no probabilities of tokens")],
+)
+def test_without_probabilities_of_the_verdicts_none_is_soft(server: Server, reply: Any, told: str) -> None:
+    server.reply = lambda _: (200, reply, {})
+    with pytest.raises(ScoreError, match=told):
+        judged(server, ["x"], ["y"], soft=True, pattern=r": +(\w)")
 
 
 def test_a_favourite_position_drops_out_and_is_measured(server: Server) -> None:
