@@ -126,6 +126,7 @@ def with_cost(run: Path, target: str, folder: Path) -> Path:
 
 def test_ctrl_c_stops_an_answer_and_the_chat_goes_on(copied: Path, tmp_path: Path) -> None:
     run = with_cost(copied, "interrupts", tmp_path / "run")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
     done = talk(run, "--max-new-tokens", 3, "--policies", "base", said="w30\nw31\n/help\n/q 3\n/quit\nw32\n")
     assert done.exit_code == 0, done.output
     shown = done.stdout

@@ -264,7 +264,7 @@ def test_pairs_are_the_same_however_often_their_making_died(
 
     def made(ledger: Ledger | None) -> Any:
         how: dict[str, Any] = {"scorer": words, "name": "words", "prefer": "higher", "samples": 4, "ledger": ledger}
-        return sample_pairs(policy, prompts, Decoding(24, batch_size=5, seed=1), **how)
+        return sample_pairs(policy, prompts, Decoding(12, batch_size=5, seed=1), **how)
 
     expected = made(None)
     batches, rows = generated["count"], Counter(answered)
