@@ -146,8 +146,9 @@ def test_a_run_without_a_passing_strength_is_kept_and_ends_with_code_3(finished:
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     text = (run / "recipe.yaml").read_text().replace("limit: 16.0", "limit: 12.0", 1)
     (run / "recipe.yaml").write_text(text)
-    found = CliRunner().invoke(app, ["run", str(run / "recipe.yaml"), "--output", str(run)])
+    found = CliRunner().invoke(app, ["run", str(run / "recipe.yaml"), "--output", str(run), "--json", "--quiet"])
     assert found.exit_code == 3
+    assert json.loads(found.stdout)["metrics"] == json.loads((run / "metrics.json").read_text())
     record = json.loads((run / "certificate.json").read_text())
     assert record["certified"] is False and record["q"] is None and record["statement"].startswith("uncertified")
     assert "selected" not in {row["policy"] for row in json.loads((run / "metrics.json").read_text())}

@@ -11,6 +11,7 @@ import typer
 
 from stepwise import recipe as recipes
 from stepwise.cli.app import OverridesArgument, RecipeArgument, app, display, going_on, show
+from stepwise.errors import Uncertified
 from stepwise.run_folder import RunFolder
 
 
@@ -26,7 +27,11 @@ def run(
     with working_in(folder, checked):
         from stepwise import pipeline
 
-        pipeline.run(checked, folder, display=display())
+        try:
+            pipeline.run(checked, folder, display=display())
+        except Uncertified:  # all is measured and saved
+            show_run(folder)
+            raise
     show_run(folder)
 
 
