@@ -44,6 +44,7 @@ from stepwise.workspace import Workspace
 ARMS = {
     "rlhf": ["stages.aligned.tail.alpha=1"],
     "ra_rlhf": [],
+    "whiten_batch": ["stages.aligned.whiten=batch"],
     "cvar": ["stages.aligned.tail=null", "stages.aligned.risk={measure: cvar, alpha: 0.4}"],
     "variational": [
         "stages.aligned.tail=null",
@@ -91,7 +92,7 @@ def play(recipe_name: str, overrides: Sequence[str], folder: Path, start: Path |
     """Run one arm, from the finished stages before `aligned` of the run `start`."""
     recipe = load(recipe_name, overrides)
     if start is not None and not (folder / "recipe.yaml").exists():
-        (folder / "stages").mkdir(parents=True)
+        (folder / "stages").mkdir(parents=True, exist_ok=True)
         for part in ("sandbox", "stages/01-sft"):
             if (start / part).is_dir():
                 shutil.copytree(start / part, folder / part)

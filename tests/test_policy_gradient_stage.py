@@ -58,6 +58,14 @@ def test_each_iteration_trains_on_its_tail(finished: Path) -> None:
     assert {"seconds", "seconds/sample", "seconds/score", "seconds/measure"} <= metrics.keys()
 
 
+def test_beta_and_the_tail_move_as_the_recipe_says(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    moved = ["stages.aligned.kl={beta: 0.2, target: 1e-9, horizon: 8}", "stages.aligned.tail.warmup=1"]
+    run(recipe(*moved, "stages.aligned.tail.rho=1", "training.epochs=1", "training.save_every=0"), tmp_path)
+    sampled = [line for line in lines(tmp_path) if line["step"] == 0]
+    assert [line["beta"] for line in sampled] == pytest.approx([0.2, 0.2 * 0.8, 0.2 * 0.8 * 1.2])  # KL 0, then above
+    assert [line["episodes/kept"] for line in sampled] == [8, 8, 6]  # 8 (1 - (m - 1) / 4)
+
+
 def test_moments_and_value_head_go_on_from_one_iteration_to_the_next(finished: Path) -> None:
     steps = {}
     for iteration in (1, 2):
