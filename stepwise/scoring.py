@@ -12,9 +12,11 @@ import contextvars
 import inspect
 import math
 import numbers
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
@@ -328,8 +330,9 @@ def _in_thread(call: Callable[[], Any], timeout: float | None) -> Any:
             errors.append(error)
 
     thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
-    thread.start()
-    thread.join(timeout)
+    with redirect_stdout(sys.stderr):  # stdout is for the results of a command; what a scorer says is none
+        thread.start()
+        thread.join(timeout)
     if errors:
         raise errors[0]
     if not results:

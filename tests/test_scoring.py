@@ -283,6 +283,16 @@ def test_a_call_that_hangs_is_told_with_its_rows_and_the_process_can_end() -> No
     assert "scorer 'mine', rows 0 to 1" in asynchronous
 
 
+def test_what_a_scorer_prints_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    def talks(completions: list[str], **columns: Any) -> list[float]:
+        print("thinking")
+        return [1.0] * len(completions)
+
+    assert score(talks, ["p"], ["c"], name="talks") == [1.0]
+    told = capsys.readouterr()
+    assert told.out == "" and told.err == "thinking\n"
+
+
 def test_without_a_limit_a_call_may_take_its_time() -> None:
     assert score(Limited(lengths, None), ["p"], ["abc"], name="l") == [3.0]
 
