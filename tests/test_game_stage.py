@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +88,6 @@ OTHER_POOLS = ("samples", "max_new_tokens", "rounds", "annotators")
 
 
 def test_every_option_changes_the_run(recipe: Callable[..., Recipe], source: Path, tmp_path: Path) -> None:
-    gc.freeze()  # the library collects all garbage after every training
     seen: set[bytes] = set()
     fast = [f"training.{key}" for key in ("save_every=0", "batch_size=12", "micro_batch=12", "epochs=3", "warmup=0")]
     for number, overrides in enumerate([[], *OTHERS]):
