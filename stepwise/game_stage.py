@@ -22,7 +22,7 @@ from stepwise.methods import game
 from stepwise.recipe_games import GameStage
 from stepwise.sampling import Decoding, Prompts
 from stepwise.scorer_rows import split
-from stepwise.stages import STEERING, StageMonitor, begin, check_start, commit, save_stage, training_of
+from stepwise.stages import begin, check_start, commit, save_stage, train_round, training_of
 from stepwise.tokens import Tokens
 from stepwise.train import train
 from stepwise.workspace import Workspace
@@ -57,27 +57,9 @@ def run_game_stage(run: Workspace, name: str, stage: GameStage, place: Path, *, 
             stage, objective, held, game.batches_of(objective, held, collate, _MEASURED), moving.scale
         )
         steering = replace(moving, held_out=watched).steering
-        if not (part / "adapter").is_dir():
-            with run.display.bar(name) as bar:
-                monitor = StageMonitor(run, bar, {"stage": name, "round": number})
-                if watched is not None:
-                    watched.monitor = monitor
-                train(
-                    run.policy,
-                    objective,
-                    rows,
-                    collate=collate,
-                    training=training,
-                    folder=part / "checkpoints",
-                    monitor=monitor,
-                    steering=steering,
-                    look_ahead=objective if stage.solver == "extragradient" else None,
-                )
-            commit(run, part / "adapter", partial(save_stage, run, name, steering))
-        checkpoint.verify(part / "adapter")
-        run.policy.load_weights(name, part / "adapter")
-        if steering is not None:
-            steering.load_state_dict(json.loads((part / "adapter" / STEERING).read_text()))
+        look_ahead = objective if stage.solver == "extragradient" else None
+        fit = partial(train, run.policy, objective, rows, collate=collate, training=training, look_ahead=look_ahead)
+        train_round(run, name, part, fit, steering, tells=watched)
     numbers = game.measure(objective, rows, collate=collate, batch_size=_MEASURED)
     known: dict[str, Any] = {} if watched is None else {**watched.numbers(), "state": watched.state}
     if run.main:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import PartialState
 from torch import nn
@@ -27,7 +27,7 @@ from stepwise.risk import Mean, RiskMeasure, build
 from stepwise.sampling import Decoding
 from stepwise.stage_rows import rounds, same_data
 from stepwise.train import Batch, Training, train
-from stepwise.watch import Steering
+from stepwise.watch import Monitor, Steering
 from stepwise.workspace import Workspace
 
 _SAMPLED = 256  # responses sampled at once to measure a constraint
@@ -49,32 +49,46 @@ def run_stage(run: Workspace, name: str, stage: SftStage | RsaStage, place: Path
             check_start(run, collate([rows[i] for i in range(min(_CHECKED, len(rows)))]))
             for told in steering.feasibility() if steering is not None else ():
                 run.display.warn(told)
-        if not (part / "adapter").is_dir():
-            with run.display.bar(name) as bar:
-                monitor = StageMonitor(run, bar, {"stage": name, "round": number})
-                if steering is not None:
-                    steering.monitor = monitor
-                train(
-                    run.policy,
-                    objective,
-                    rows,
-                    collate=collate,
-                    training=training,
-                    folder=part / "checkpoints",
-                    monitor=monitor,
-                    steering=steering,
-                )
-            commit(run, part / "adapter", lambda target: save_stage(run, name, steering, target))
-        checkpoint.verify(part / "adapter")
-        run.policy.load_weights(name, part / "adapter")
-        if steering is not None:
-            steering.load_state_dict(json.loads((part / "adapter" / STEERING).read_text()))
+        fit = partial(train, run.policy, objective, rows, collate=collate, training=training)
+        train_round(run, name, part, fit, steering, tells=steering)
     if run.main:
         last: dict[str, Any] = next((x for x in reversed(run.folder.log.lines()) if x.get("stage") == name), {})
         about = {**footprint.numbers(), **last}
         checkpoint.write_text(place / "metrics.json", json.dumps(about, indent=1))
-    commit(run, place / "adapter", lambda target: save_stage(run, name, steering, target))
+    commit(run, place / "adapter", partial(save_stage, run, name, steering))
     run.display.say(f"  {name} took {footprint.seconds:.0f} s")
+
+
+class Tells(Protocol):
+    """What has something to say while a training moves it."""
+
+    monitor: Monitor | None
+
+
+def train_round(
+    run: Workspace,
+    name: str,
+    part: Path,
+    fit: Callable[..., object],
+    steering: Steering | None,
+    *,
+    tells: Tells | None = None,
+) -> None:
+    """Train a round in folder `part` unless it was trained, commit its adapter, and take up what it ended with.
+
+    `fit` is `stepwise.train.train` but for its folder, monitor and steering. `tells` gets the monitor too.
+    """
+    if not (part / "adapter").is_dir():
+        with run.display.bar(name) as bar:
+            monitor = StageMonitor(run, bar, {"stage": name, "round": int(part.name.removeprefix("round-"))})
+            if tells is not None:
+                tells.monitor = monitor
+            fit(folder=part / "checkpoints", monitor=monitor, steering=steering)
+        commit(run, part / "adapter", partial(save_stage, run, name, steering))
+    checkpoint.verify(part / "adapter")
+    run.policy.load_weights(name, part / "adapter")
+    if steering is not None:
+        steering.load_state_dict(json.loads((part / "adapter" / STEERING).read_text()))
 
 
 def begin(run: Workspace, name: str, data: Data, place: Path, *, seed: int) -> Loaded:
