@@ -25,7 +25,7 @@ class Source:
 
     path        a file (.jsonl, .json, .csv, each also .gz, or .parquet), a folder of them, or the id of a hub dataset
     split       hub datasets: the split; folders: the files `<split>.*` and `<split>-*.*`; a single file is taken whole
-    config      hub datasets: the configuration
+    config      hub datasets: the configuration; folders: the folder in it that is read; a single file is taken whole
     label       format pku-safe-rlhf: which answer is the chosen one, `better` or `safer`
     columns     canonical name -> name in the file; `prompt.text` looks inside an object
     limit       stop after so many good rows
@@ -149,12 +149,17 @@ def _read(source: Source) -> Iterator[tuple[str, int, Any]]:
     if not path.exists():
         yield from _read_hub(source)
         return
-    for file in _files(path, source.split) if path.is_dir() else [path]:
+    for file in _files(path, source) if path.is_dir() else [path]:
         for number, value in read_file(file):
             yield str(file), number, value
 
 
-def _files(folder: Path, split: str) -> list[Path]:
+def _files(folder: Path, source: Source) -> list[Path]:
+    split = source.split
+    if source.config is not None:
+        folder = folder / source.config
+        if not folder.is_dir():
+            raise DataError("A folder holds no such configuration", where=folder, wanted="a folder, or no `config`")
     names = sorted(p.name for p in folder.iterdir() if p.name.endswith(SUFFIXES))
     found = [name for name in names if name.startswith((f"{split}.", f"{split}-"))]
     stems = Counter(name.partition(".")[0] for name in found)

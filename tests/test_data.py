@@ -123,6 +123,16 @@ def test_a_folder_is_read_by_split_and_in_order(tmp_path: Path) -> None:
         load(Source(str(tmp_path), "preference", split="test"))
 
 
+def test_a_configuration_is_a_folder_within(tmp_path: Path) -> None:
+    jsonl(tmp_path / "train.jsonl", [ROWS[0]])
+    (tmp_path / "other").mkdir()
+    jsonl(tmp_path / "other" / "train.jsonl", [ROWS[1]])
+    assert [row.prompt for row in load(Source(str(tmp_path), "preference")).rows] == ["p0"]
+    assert [row.prompt for row in load(Source(str(tmp_path), "preference", config="other")).rows] == ["p1"]
+    with pytest.raises(DataError, match=r"no such configuration.*another"):
+        load(Source(str(tmp_path), "preference", config="another"))
+
+
 def test_bad_rows_of_a_folder_are_named_by_their_own_file(tmp_path: Path) -> None:
     jsonl(tmp_path / "train-1.jsonl", [ROWS[0]])
     jsonl(tmp_path / "train-2.jsonl", [ROWS[1], {"prompt": "p"}])
