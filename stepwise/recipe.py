@@ -122,7 +122,7 @@ class Evaluate(Part):
         default=64, description="responses generated and scored at once"
     )
     strata: Text | None = Field(default=None, description="column whose values are reported apart")
-    bootstrap: Annotated[int, Field(ge=1, le=10**6)] = Field(default=1000, description="resamples behind an interval")
+    bootstrap: Annotated[int, Field(ge=100, le=10**6)] = Field(default=1000, description="resamples behind an interval")
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(default=0.95, description="coverage of an interval")
     hardness: Literal["baseline", "prompt"] = Field(
         default="baseline",

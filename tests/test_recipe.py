@@ -468,7 +468,7 @@ NUMBERS: dict[str, tuple[str, str]] = {
     "evaluate.temperature": (ANY, "0 1 0.5"),
     "evaluate.samples": (WHOLE, "1"),
     "evaluate.batch_size": (WHOLE, "1"),
-    "evaluate.bootstrap": (WHOLE, "1"),
+    "evaluate.bootstrap": (WHOLE, ""),
     "evaluate.confidence": (ANY, "0.5"),
     "stages.worst.on_policy.scorer.timeout": (ANY, "1 0.5"),
     "evaluate.costs.toxic.batch_size": (WHOLE, "1"),
