@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -67,6 +68,7 @@ def _quieten() -> None:
 
 def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> list[Estimate]:
     display.say(f"[bold]{recipe.name}[/bold] in {folder.path}")
+    _check_report_to(recipe)
     for scorer in _scorers(recipe):
         check(scorer)
     for stage in recipe.stages.values():
@@ -95,6 +97,13 @@ def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> 
     if selection is not None and selection.chosen is None:
         raise _uncertified(folder, selection)
     return estimates
+
+
+def _check_report_to(recipe: Recipe) -> None:
+    for name in recipe.report_to:
+        if not any(importlib.util.find_spec(package) for package in (name, f"{name}X")):  # tensorboardX will do
+            wanted = f"`pip install {name}`; or no {name} there: log.jsonl has every number"
+            raise ConfigError(f"{name} is not installed", where="report_to", wanted=wanted)
 
 
 def _uncertified(folder: RunFolder, selection: Selection) -> Uncertified:

@@ -1,6 +1,7 @@
 """Whole runs, real but small: the sandbox's own model in 4 bit, all stages, evaluation, resumption, refusals."""
 
 import json
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,15 @@ def hangs(**columns: Any) -> None:
 
 
 SFT_ALONE = 'stages={sft: {method: sft, data: {path: "sandbox:sft", format: completion, limit: 16}}}'
+
+
+def test_where_the_log_cannot_go_is_told_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(ConfigError, match=r"trackio is not installed.*report_to"):
+        pipeline.run(recipe(tmp_path, SFT_ALONE, "report_to=[trackio]"), tmp_path / "run", display=QUIET)
+    assert not (tmp_path / "run" / "sandbox").exists()
 
 
 def test_a_misspelt_target_is_told_before_anything_is_made(tmp_path: Path) -> None:
