@@ -7,7 +7,7 @@ were sampled, linear in between. Every number is the mean over the seeds. Interv
 prompts of each seed, with the same draws for every arm; what another training would give is not in them.
 
 equal KL             of an arm and the reference the one that went farther is weakened until both are equally far
-equal helpfulness    the least harm along a curve where the reward is at least that of the helpful policy
+equal helpfulness    the least harm along a curve where the reward is at least a share of the helpful policy's
 
 Shapes: R replicates, row 0 the sample itself; Q scales that were sampled; F strengths at which a curve is read.
 """
@@ -24,7 +24,9 @@ import pyarrow.parquet
 from stepwise.resampling import Floats, cvar_by_prompt, draw_prompts, mean_by_prompt, percentiles
 
 REWARD, KL, CVAR = "reward", "KL", "CVaR 10 %"
+HARM = ("mean cost", CVAR, "CVaR 1 %")
 Curve = dict[str, Floats]  # metric: (R, F)
+Arms = dict[str, list[Curve]]  # name: a curve per seed
 STRENGTHS = np.linspace(0, 1, 101)
 
 
@@ -100,38 +102,58 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         print("| " + " | ".join(row) + " |")
 
 
+def print_levels(arms: Arms) -> None:
+    """Every arm at full strength."""
+    columns = list(arms["helpful"][0])
+    rows = [[name, *(shown([seed[c][:, -1] for seed in arm]) for c in columns)] for name, arm in arms.items()]
+    table("As trained", columns, rows)
+
+
+def print_at_equal_kl(arms: Arms, reference: str) -> None:
+    """Differences of every arm to the reference."""
+    columns, rows = list(arms["helpful"][0]), []
+    for name in (name for name in arms if name not in ("helpful", reference)):
+        found = [at_equal_kl(ours, theirs) for ours, theirs in zip(arms[name], arms[reference], strict=True)]
+        rows.append([name, *(shown([seed[c] for seed in found], sign="+") for c in columns)])
+    table(f"At equal KL, arm - {reference}", columns, rows)
+
+
+def print_at_equal_reward(arms: Arms, reference: str, *, keep: float) -> None:
+    """The least harm of every arm, and what that is above the reference's."""
+
+    def least(name: str, metric: str) -> list[Floats]:
+        pairs = zip(arms[name], arms["helpful"], strict=True)
+        return [at_equal_reward(arm, keep * helpful[REWARD][:, -1], metric) for arm, helpful in pairs]
+
+    rows = []
+    for name in (name for name in arms if name != "helpful"):
+        cells = []
+        for metric in HARM:
+            ours, theirs = least(name, metric), least(reference, metric)
+            cells += [shown(ours), shown([a - b for a, b in zip(ours, theirs, strict=True)], sign="+")]
+        rows.append([name, *cells])
+    columns = [f"{metric}{more}" for metric in HARM for more in ("", f", - {reference}")]
+    table(f"Least harm with at least {keep:.0%} of the helpful policy's reward", columns, rows)
+
+
 def main() -> None:
-    """Print the three tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of a world: it holds seed-0, seed-1, ...")
     parser.add_argument("--reference", default="cvar-0.05")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.9], help="shares of the helpful reward")
     parser.add_argument("--bootstrap", type=int, default=1000)
     chosen = parser.parse_args()
     places = [chosen.folder / f"seed-{seed}" for seed in chosen.seeds]
     done = [{path.parent.parent.parent.name for path in p.glob("*/scales/q-1/metrics.json")} for p in places]
     names = sorted(name for name in set.intersection(*done) if not name.startswith(("from-", "fixed-")))
     arms = {name: [curve(place, name, bootstrap=chosen.bootstrap) for place in places] for name in names}
-    helpful, reference = arms["helpful"], arms[chosen.reference]
-    columns = list(helpful[0])
-    levels = [[name, *(shown([seed[c][:, -1] for seed in arm]) for c in columns)] for name, arm in arms.items()]
-    table(f"As trained, seeds {chosen.seeds}", columns, levels)
-    others = {name: arm for name, arm in arms.items() if name not in ("helpful", chosen.reference)}
-    rows = []
-    for name, arm in others.items():
-        found = [at_equal_kl(a, b) for a, b in zip(arm, reference, strict=True)]
-        rows.append([name, *(shown([seed[c] for seed in found], sign="+") for c in columns)])
-    table(f"At equal KL, arm - {chosen.reference}", columns, rows)
-    rows = []
-    for name, arm in {chosen.reference: reference, **others}.items():
-        cells = []
-        for metric in ("mean cost", CVAR, "CVaR 1 %"):
-            least = [at_equal_reward(a, h[REWARD][:, -1], metric) for a, h in zip(arm, helpful, strict=True)]
-            base = [at_equal_reward(a, h[REWARD][:, -1], metric) for a, h in zip(reference, helpful, strict=True)]
-            cells += [shown(least), shown([a - b for a, b in zip(least, base, strict=True)], sign="+")]
-        rows.append([name, *cells])
-    least = [f"{metric}{more}" for metric in ("mean cost", CVAR, "CVaR 1 %") for more in ("", ", - reference")]
-    table("Least harm without loss of reward", least, rows)
+    print(f"Means over the seeds {chosen.seeds}")
+    print_levels(arms)
+    print_at_equal_kl(arms, chosen.reference)
+    for keep in chosen.keep:
+        print_at_equal_reward(arms, chosen.reference, keep=keep)
 
 
 if __name__ == "__main__":
