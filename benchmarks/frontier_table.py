@@ -102,11 +102,14 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         print("| " + " | ".join(row) + " |")
 
 
-def print_levels(arms: Arms) -> None:
-    """Every arm at full strength."""
-    columns = list(arms["helpful"][0])
-    rows = [[name, *(shown([seed[c][:, -1] for seed in arm]) for c in columns)] for name, arm in arms.items()]
-    table("As trained", columns, rows)
+def print_levels(arms: Arms, strength: float) -> None:
+    """Every arm at one strength."""
+    columns, place = (
+        list(next(iter(arms.values()))[0]),
+        round(100 * strength) - len(STRENGTHS),
+    )  # from the end, where all meet
+    rows = [[name, *(shown([seed[c][:, place] for seed in arm]) for c in columns)] for name, arm in arms.items()]
+    table(f"At strength {strength:g}", columns, rows)
 
 
 def print_at_equal_kl(arms: Arms, reference: str) -> None:
@@ -142,7 +145,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="of a world: it holds seed-0, seed-1, ...")
     parser.add_argument("--reference", default="cvar-0.05")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.9], help="shares of the helpful reward")
+    parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.95, 0.9], help="shares of the helpful reward")
     parser.add_argument("--bootstrap", type=int, default=1000)
     chosen = parser.parse_args()
     places = [chosen.folder / f"seed-{seed}" for seed in chosen.seeds]
@@ -150,7 +153,8 @@ def main() -> None:
     names = sorted(name for name in set.intersection(*done) if not name.startswith(("from-", "fixed-")))
     arms = {name: [curve(place, name, bootstrap=chosen.bootstrap) for place in places] for name in names}
     print(f"Means over the seeds {chosen.seeds}")
-    print_levels(arms)
+    for strength in (1.0, 0.5):
+        print_levels({name: arm for name, arm in arms.items() if name != "helpful" or strength == 1}, strength)
     print_at_equal_kl(arms, chosen.reference)
     for keep in chosen.keep:
         print_at_equal_reward(arms, chosen.reference, keep=keep)
