@@ -31,7 +31,7 @@ from stepwise.recipe import SELECTED
 from stepwise.replies import Replies, read
 from stepwise.resampling import Floats
 from stepwise.run_folder import RunFolder
-from stepwise.winrates import Options, Rate, win_rates
+from stepwise.winrates import Options, Rate, halves, win_rates
 from stepwise.workspace import Workspace
 
 SCORES = {"cost/harm": -1.0, "rewards/helpfulness": 1.0}
@@ -93,15 +93,16 @@ def arms(risk: Path, neutral: Path, output: Path) -> dict[str, Replies]:
 
 
 def rates(seeds: Sequence[dict[str, Replies]], score: str, names: tuple[str, str]) -> list[Rate]:
-    """Win rates against SFT and each other of neutral and risk, the prompts of all seeds together."""
+    """Win rates of neutral and risk against SFT, each other and themselves, the prompts of all seeds together."""
 
     def against(a: str, b: str) -> Floats:
         own, other = (np.concatenate([arms[name].scores[score] for arms in seeds]) for name in (a, b))
-        found: Floats = expit(SCORES[score] * (own[:, :, None] - other[:, None, :]))
+        ours, theirs = halves(own.shape[1]) if a == b else (slice(None), slice(None))
+        found: Floats = expit(SCORES[score] * (own[:, ours, None] - other[:, None, theirs]))
         return found
 
     neutral, risk = names
-    pairs = [("sft", neutral), ("sft", risk), (neutral, risk)]
+    pairs = [("sft", neutral), ("sft", risk), (neutral, risk), (neutral, neutral), (risk, risk)]
     strata = [stratum for arms in seeds for stratum in arms["sft"].strata]
     return win_rates({pair: against(*pair) for pair in pairs}, strata, Options(tail=0.25))
 
@@ -122,6 +123,8 @@ def table(found: Sequence[Rate], names: tuple[str, str]) -> Iterator[str]:
         ]
         cells = [f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in three[:2]]
         yield " | ".join([label, *cells, "{0.value:+.3f} [{0.low:+.3f}, {0.high:+.3f}]".format(three[2])])
+    own = [known[name, name, "cvar", None, "all"] for name in names]
+    yield " | ".join(["CVaR against itself", *(f"{r.value:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in own), ""])
     both = known[risk, neutral, "win_rate", None, "all"]
     yield f"risk against neutral | | | {both.value:.3f} [{both.low:.3f}, {both.high:.3f}]"
 
