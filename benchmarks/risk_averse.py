@@ -8,8 +8,8 @@ the same held-out prompts. Printed are the levels of every arm, then each arm le
 over prompts, then the same with the farther of the two at the strength of its adapter at which its KL is that of the
 nearer one (q; nothing is trained for it), so that distance buys nothing. The objective is what the stage is paid; its
 tails are the means of its worst answers, and of the answers to the prompts that the policy before the stage does worst
-on. A figure over these prompts is written beside the runs. STORIES.json is a list of texts; their first two sentences
-are prompts. Arguments KEY=VALUE are overrides for every arm. Finished runs are not run again.
+on. A figure over these prompts, hardest.png, is written beside the runs. STORIES.json is a list of texts; their first
+two sentences are prompts. Arguments KEY=VALUE are overrides for every arm. Finished runs are not run again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ from stepwise.evaluation import compare, summarise
 from stepwise.ledger import Ledger
 from stepwise.measure import SELECTED, Subject, anchor_of, measure
 from stepwise.recipe import Recipe, dump_yaml, load
-from stepwise.report import figures
 from stepwise.rollout import Measures, rollout
 from stepwise.run_folder import Log, RunFolder
 from stepwise.samples import ALL, Samples
@@ -203,17 +202,22 @@ def show(title: str, named: Sequence[dict[str, tuple[float, float, float]]], see
         print("| " + " | ".join(row) + " |", flush=True)
 
 
-def draw(samples: Sequence[Samples], how: Resampling, path: Path) -> None:
-    """The objective over the hardest share of the prompts, hardest for the first policy."""
-    kept = [replace(sample, rewards={"objective": sample.rewards["objective"]}, costs={}) for sample in samples]
-    lines = [row for row in curves(kept, how)["quantile"] if row["baseline"] is None]
-    drawn = [
-        figures.Curve(row["share"], line["value"], number, row["policy"], line["low"], line["high"])
-        for number, row in enumerate(lines)
-        for line in (row["cumulative"],)
-    ]
-    every = [[y for y in side or () if y is not None] for curve in drawn for side in (curve.y, curve.low, curve.high)]
-    path.write_text(figures.hardness(drawn, name="objective", limits=figures.span(every)))
+def draw(named: dict[int, Sequence[Samples]], path: Path) -> None:
+    """The objective over the hardest share of the prompts, hardest for the first policy; a panel per seed."""
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(named), figsize=(3.3 * len(named), 3), sharey=True, squeeze=False)
+    for axes, (seed, samples) in zip(panels[0], named.items(), strict=True):
+        kept = [replace(sample, rewards={"objective": sample.rewards["objective"]}, costs={}) for sample in samples]
+        for row in curves(kept, Resampling(0.2, 1000, 0.95, seed))["quantile"]:
+            if row["baseline"] is None:
+                line = {end: [math.nan if y is None else y for y in ys] for end, ys in row["cumulative"].items()}
+                axes.plot(row["share"], line["value"], label=row["policy"])
+                axes.fill_between(row["share"], line["low"], line["high"], alpha=0.2)
+        axes.set(title=f"seed {seed}", xlabel="hardest share of the prompts", xlim=(0, 1))
+    panels[0][0].set_ylabel("objective")
+    panels[0][0].legend(frameon=False, loc="center left")
+    figure.savefig(path, dpi=90, bbox_inches="tight")
 
 
 def tokens(folder: Path) -> float:
@@ -268,9 +272,8 @@ def report(arms: Sequence[str], seeds: Sequence[int], runs: dict[tuple[str, int]
     show("start", [levels(start[seed], options[seed]) for seed in seeds], seeds)
     for arm in arms:
         show(arm, [levels(read[arm, seed], options[seed]) for seed in seeds], seeds)
-    for seed in seeds:
-        how = Resampling(0.2, 1000, 0.95, seed)
-        draw([start[seed], *(read[arm, seed] for arm in arms)], how, first[seed].parents[1] / "hardest.svg")
+    shown = {seed: [start[seed], *(read[arm, seed] for arm in arms)] for seed in seeds}
+    draw(shown, first[seeds[0]].parents[2] / "hardest.png")
     for arm in arms[1:]:
         plain, matched, told = [], [], []
         for seed in seeds:
