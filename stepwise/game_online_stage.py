@@ -24,7 +24,7 @@ from torch import Tensor
 from stepwise import checkpoint, game_matches
 from stepwise.footprint import Footprint
 from stepwise.game_estimates import ESTIMATORS
-from stepwise.game_parts import panel_of, payoff_of, scale_of
+from stepwise.game_parts import check_evaluated, panel_of, payoff_of, scale_of
 from stepwise.iterations import folder_of, number_of, of_iteration, places
 from stepwise.methods import game
 from stepwise.methods.online_game import OnlineGame, online_batches
@@ -50,6 +50,8 @@ def run_online_game_stage(run: Workspace, name: str, stage: GameStage, place: Pa
     loaded = begin(run, name, stage.data, place, seed=seed)
     prompts = run.prompts(loaded, max_prompt_length=run.recipe.training_of(name).max_prompt_length)
     table = _Table(run, name, stage, prompts, seed)
+    if table.scale is not None:
+        check_evaluated(stage, table.scale, run.recipe.evaluate, run.load)
     save = partial(run.policy.save_adapter, name)
     if not (place / "start").is_dir():
         commit(run, place / "start", save)

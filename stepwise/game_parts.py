@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from stepwise import game_pool, judge_targets, targets
+from stepwise.data import Loaded
 from stepwise.errors import DataError
+from stepwise.formats import Pair, Prompt
 from stepwise.game_estimates import ESTIMATORS, Correcting, Drawn, Follower, Memoryless, Tracker
 from stepwise.game_held_out import HeldOut
 from stepwise.game_payoffs import SPREAD, Payoff, on_pool, spread, target_loss
@@ -19,7 +21,9 @@ from stepwise.game_pool import Panel
 from stepwise.game_strata import StrataScale
 from stepwise.matrix_game import guaranteed_beta
 from stepwise.methods.game import Game
+from stepwise.recipe import Evaluate
 from stepwise.recipe_games import Draws, GameStage, Strata
+from stepwise.recipe_parts import Data
 from stepwise.risk import CVaR, Entropic, Mean, RiskMeasure, build
 from stepwise.tokens import Tokens
 from stepwise.train import Batch
@@ -101,6 +105,17 @@ def held_out_of(
         scale.of_strata(strata)
         scales = partial(scale.of_strata, strata)
     return HeldOut(objective, held, **stage.held_out.model_dump(exclude={"share"}), scales=scales)
+
+
+def check_evaluated(
+    stage: GameStage, scale: StrataScale, part: Evaluate | None, load: Callable[[Data], Loaded]
+) -> None:
+    """Raise `DataError` where the evaluation tells strata apart by the same column and has one that trains nowhere."""
+    if part is None or stage.strata is None or part.strata != stage.strata.column:
+        return
+    rows = [row for row in load(part.data).rows if isinstance(row, Prompt | Pair)]
+    known = [row.columns.get(part.strata) for row in rows]
+    scale.of_strata([str(stratum) for stratum in known if stratum is not None])
 
 
 def _told(rows: Tokens) -> tuple[list[str], dict[str, list[object]]]:

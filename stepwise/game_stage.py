@@ -15,9 +15,7 @@ from accelerate import PartialState
 
 from stepwise import checkpoint, game_pool
 from stepwise.footprint import Footprint
-from stepwise.formats import Pair, Prompt
-from stepwise.game_parts import Moving, doubts, held_out_of, panel_of, payoff_of
-from stepwise.game_strata import StrataScale
+from stepwise.game_parts import Moving, check_evaluated, doubts, held_out_of, panel_of, payoff_of
 from stepwise.methods import game
 from stepwise.recipe_games import GameStage
 from stepwise.sampling import Decoding, Prompts
@@ -52,7 +50,7 @@ def run_game_stage(run: Workspace, name: str, stage: GameStage, place: Path, *, 
         moving = Moving.of(stage, payoff, rows, seed=seed * 1000 + number)
         objective.play(moving.scale, moving.weight, moving.estimate)
         if number == 1 and moving.scale is not None:
-            _check_evaluated(run, stage, moving.scale)
+            check_evaluated(stage, moving.scale, run.recipe.evaluate, run.load)
         watched = held_out_of(
             stage, objective, held, game.batches_of(objective, held, collate, _MEASURED), moving.scale
         )
@@ -79,16 +77,6 @@ def _split(stage: GameStage, pool: Tokens) -> tuple[Tokens, Tokens]:
         return replace(rows, columns=[{**columns, "prompt": n} for n, columns in enumerate(rows.columns)])
 
     return counted(sides[0]), counted(sides[1])
-
-
-def _check_evaluated(run: Workspace, stage: GameStage, scale: StrataScale) -> None:
-    """Raise `DataError` where the evaluation tells strata apart by the same column and has one that trains nowhere."""
-    part = run.recipe.evaluate
-    if part is None or stage.strata is None or part.strata != stage.strata.column:
-        return
-    rows = run.load(part.data).rows
-    known = [row.columns.get(part.strata) for row in rows if isinstance(row, Prompt | Pair)]
-    scale.of_strata([str(stratum) for stratum in known if stratum is not None])
 
 
 def _rows(

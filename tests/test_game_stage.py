@@ -189,8 +189,10 @@ def test_what_is_evaluated_by_strata_trains_on_them(
     given = [f"stages.game.pool={finished / STAGE}/round-1/pool", "stages.game.strata={risk: {measure: mean}}"]
     data = f"{{path: {tmp_path}/held.jsonl, format: prompts}}"
     held = f"evaluate={{data: {data}, strata: stratum, rewards: {{r: vader_reward}}}}"
-    with pytest.raises(DataError, match="trains nowhere"):
-        run(recipe(*given, held), tmp_path / "run")
+    online = ["stages.game.online={iterations: 1, opponents: 4}", "stages.game.pool=null"]
+    for name, more in {"pool": [], "online": online}.items():
+        with pytest.raises(DataError, match="trains nowhere"):
+            run(recipe(*given, held, *more), tmp_path / name)
 
 
 def test_severity_is_the_worse_of_two() -> None:
