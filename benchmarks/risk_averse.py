@@ -125,7 +125,8 @@ def at_kl(recipe: Recipe, folder: Path, target: Samples) -> tuple[float, Samples
     prompts = work.prompts(work.load(part.data), max_prompt_length=recipe.training.max_prompt_length)
     probe, anchor = prompts.take(range(min(100, len(prompts.ids)))), anchor_of(recipe)
     near = [kl for kl, prompt in zip(target.kl or (), target.prompt_id, strict=True) if int(prompt) < len(probe.ids)]
-    wanted, q, found = statistics.fmean(k for k in near if k is not None), 1.0, math.inf
+    wanted = statistics.fmean(k for k in near if k is not None)
+    q = 1.0 if wanted else 0.0
     decoding = Decoding(part.max_new_tokens, batch_size=part.batch_size, seed=recipe.seed)
     for _ in range(6):
         work.policy.scale(names[-1], q)
@@ -134,7 +135,7 @@ def at_kl(recipe: Recipe, folder: Path, target: Samples) -> tuple[float, Samples
         blocks = rollout(work.policy, probe, decoding, stack=names, ledger=ledger, **told)
         found = statistics.fmean(kl for block in blocks for kl in block["kl"])
         ledger.remove()
-        if abs(found / wanted - 1) < 0.02:
+        if abs(found - wanted) <= 0.02 * wanted:
             break
         q = min(1.0, q * math.sqrt(wanted / found))
     part = part.model_copy(update={"policies": (SELECTED,)})

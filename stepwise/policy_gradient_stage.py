@@ -177,7 +177,8 @@ class _Table:
         numbers |= {f"seconds/{what}": seconds for what, seconds in played.seconds.items()}
         numbers["tokens/second"] = int(played.mask_BT.sum()) / max(played.seconds["sample"], 1e-9)
         monitor.begin(numbers)
-        for told in [*credit.warnings, *vigil.look(played, credit.return_B)]:
+        compared_B = credit.return_B[credit.weight_B > 0] if stage.whiten == "kept" else credit.return_B
+        for told in [*credit.warnings, *vigil.look(played, compared_B)]:
             monitor.warn(f"{part.name}: {told}")
         vigil.check(where=f"{self.name}, {part.name}")
         controller.update(numbers["kl/kept"], batch=stage.batch)

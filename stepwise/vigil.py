@@ -22,6 +22,7 @@ def failure_signs(
 ) -> list[str]:
     """What says that training on these episodes is in vain, in words with the number; empty while all is well.
 
+    `return_B`: of the episodes whose advantages are compared, all of them or those that count.
     `first_length`: the mean tokens of a response in the first iteration.
     """
     found = []
@@ -30,8 +31,9 @@ def failure_signs(
         found.append(f"the policy runs away: KL {kl:.3g} nats per episode, target {target_kl:g}")
     if len(set(episodes.score_B.tolist())) == 1:
         found.append(f"all rewards are {float(episodes.score_B[0]):.3g}: nothing tells good from bad")
-    elif len(set(return_B.tolist())) == 1:
-        found.append(f"all returns are {float(return_B[0]):.3g}: no episode is worse than another")
+    elif len(return_B) > 1 and len(set(return_B.tolist())) == 1:
+        told = f"the {len(return_B)} episodes that are compared all return {float(return_B[0]):.3g}"
+        found.append(f"{told}: none is worse than another")
     repeated = np.mean([max(np.bincount(ids)) / len(ids) if len(ids) >= _LONG else 0.0 for ids in episodes.responses])
     if repeated > _REPEATED:
         found.append(f"responses repeat one token: it is {repeated:.0%} of a response on average")

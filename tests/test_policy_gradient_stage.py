@@ -14,7 +14,7 @@ from tail_runs import ADAPTER, ITERATIONS, STAGE, lines, run, written
 
 from stepwise import policy_gradient_stage
 from stepwise.credit import weights
-from stepwise.errors import ConfigError, DataError, ScoreError
+from stepwise.errors import ConfigError, DataError, InVain, ScoreError
 from stepwise.plan import plan
 from stepwise.policy_gradient_stage import places
 from stepwise.recipe import RaRlhfStage, Recipe, load
@@ -25,6 +25,12 @@ from stepwise.scoring import register
 @register("fails_at_last")
 def fails_at_last(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
     return [0.5] * (len(prompts) - 1) + [float("nan")]
+
+
+@register("seldom_more")
+def seldom_more(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+    """0 for the first half of the episodes, so that a tail of them is told apart by nothing."""
+    return [float(max(0, 2 * row - len(prompts))) for row in range(len(prompts))]
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +188,17 @@ def test_too_few_prompts_and_a_reward_that_is_no_number_stop_before_the_update(
     with pytest.raises(ScoreError, match="row 7"):
         run(recipe("stages.aligned.reward=fails_at_last"), tmp_path / "nan")
     assert not list((tmp_path / "nan" / STAGE).glob("iteration-*/checkpoints/step-*"))
+
+
+def test_a_tail_of_equal_returns_is_in_vain_unless_it_is_compared_with_the_batch(
+    recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    half = ["stages.aligned.tail={alpha: 0.3, warmup: 0, rho: 0.1}", "stages.aligned.reward=seldom_more"]
+    short = [*half, "stages.aligned.iterations=2", "stages.aligned.stop_after=1", "training.epochs=1"]
+    with pytest.raises(InVain, match="the 3 episodes that are compared all return 0"):
+        run(recipe(*short, "training.save_every=0", "stages.aligned.kl.beta=0"), tmp_path / "kept")
+    run(recipe(*short, "stages.aligned.whiten=batch", "stages.aligned.kl.beta=0"), tmp_path / "batch")
+    assert (tmp_path / "batch" / STAGE / "adapter").is_dir()
 
 
 def test_a_plan_says_what_a_stage_samples_and_trains(recipe: Callable[..., Recipe]) -> None:
