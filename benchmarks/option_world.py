@@ -42,9 +42,9 @@ def slow(completions, **columns):
 def same(completions, **columns):
     return [1.0] * len(completions)
 
-def lower(prompts, first, second, annotator=None, other=None, **columns):
+def lower(prompts, first, second, annotator=None, **columns):
     """The response of lower words wins; for the annotator `high` that of higher ones."""
-    whom = annotator or other or [None] * len(prompts)
+    whom = annotator or [None] * len(prompts)
     gaps = [(number(b) - number(a)) * (-1 if who == "high" else 1) for a, b, who in zip(first, second, whom)]
     return [1 / (1 + math.exp(-8 * gap)) for gap in gaps]
 

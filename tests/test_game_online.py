@@ -95,24 +95,17 @@ def test_an_online_game_killed_anywhere_goes_on_to_the_same_bits(
     assert lines(tmp_path / "run") == lines(finished)
 
 
+# Every single option: benchmarks/options.py.
 OTHERS = [
-    ["stages.game.online.iterations=1"],
-    ["stages.game.online.prompts=6"],
-    ["stages.game.online.opponents=3"],
     [RISK],
     [RISK, "stages.game.online.correction=none"],
     [RISK, "stages.game.online.correction=delta"],
     ["stages.game.risk={measure: cvar, alpha: 0.5}"],
     ["stages.game.risk={measure: cvar, alpha: 0.5}", "stages.game.online.correction=none"],
-    [STRATA],
-    [STRATA, "stages.game.strata.risk.eta=5"],
-    [STRATA, "stages.game.strata.gain=0.2"],
-    [STRATA, "stages.game.strata.anchor=0.5"],
-    [STRATA, "stages.game.strata.column=group"],
 ]
 
 
-def test_every_option_changes_the_run(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_options_that_act_together_change_the_run(recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     seen: set[bytes] = set()
     for number, overrides in enumerate([[], *OTHERS]):
         folder = tmp_path / str(number)
