@@ -88,13 +88,11 @@ def build(folder: Path) -> None:
     for name, seed in {"base": 0, "base2": 1}.items():
         save(llama, folder / name, seed=seed)
     _hub(folder)
-    _classifier(
-        folder / "toxic", {}, id2label={0: "fine", 1: "toxic", 2: "rude"}, label2id={"fine": 0, "toxic": 1, "rude": 2}
-    )
-    both = " {first} w7 {second}"
-    for name, seed in {"compares": 0, "compares2": 1}.items():
-        kept = {"comparison_template": both, "score_template": "{prompt}{completion}"}
-        _classifier(folder / name, kept, seed=seed, num_labels=1)
+    labels = {"fine": 0, "toxic": 1, "rude": 2}
+    kept = {"comparison_template": " {first} w7 {second}", "score_template": "{prompt}{completion}"}
+    for end, seed in {"": 0, "2": 1}.items():
+        _classifier(folder / f"toxic{end}", {}, seed=seed, id2label={i: n for n, i in labels.items()}, label2id=labels)
+        _classifier(folder / f"compares{end}", kept, seed=seed, num_labels=1)
     rows = [row(i) for i in range(12)]
     _write(folder / "rows.jsonl", rows)
     _write(folder / "rows2.jsonl", [row(i + 13) for i in range(12)])
@@ -120,7 +118,7 @@ def _hub(folder: Path) -> None:
         (place / "refs" / branch).write_text(commit)
 
 
-def _classifier(folder: Path, kept: dict[str, str], *, seed: int = 0, **more: Any) -> None:
+def _classifier(folder: Path, kept: dict[str, str], *, seed: int, **more: Any) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "vocab_size": VOCABULARY}
     config = LlamaConfig(max_position_embeddings=128, initializer_range=0.2, **sizes, **ids, **more)
