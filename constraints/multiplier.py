@@ -99,8 +99,7 @@ class DualAscent:
 
     def __post_init__(self) -> None:
         _check("DualAscent", min=(self.min, 1 / HUGE, HUGE), max=(self.max, self.min, HUGE), lr=(self.lr, 0, HUGE))
-        _check("DualAscent", limit=(self.limit, -HUGE, HUGE), init=(self.init, self.min, self.max))
-        _check("DualAscent", warmup=(self.warmup, 0, HUGE), smoothing=(self.smoothing, 0, 0.9999))
+        _check("DualAscent", init=(self.init, self.min, self.max), **_shared(self))
         self._state = _Ascent(float(self.init))
 
     @property
@@ -148,8 +147,7 @@ class PID:
     def __post_init__(self) -> None:
         _check("PID", **{name: (getattr(self, name), 0, HUGE) for name in ("kp", "ki", "kd", "min")})
         _check("PID", max=(self.max, self.min, HUGE))
-        _check("PID", limit=(self.limit, -HUGE, HUGE), init=(self.init, self.min, self.max))
-        _check("PID", warmup=(self.warmup, 0, HUGE), smoothing=(self.smoothing, 0, 0.9999))
+        _check("PID", init=(self.init, self.min, self.max), **_shared(self))
         self._state = _Control(float(self.init), float(self.init))
 
     @property
@@ -215,6 +213,12 @@ def _smooth(average: float | None, violation: float, smoothing: float) -> float:
 
 def _clip(x: float, low: float, high: float) -> float:
     return float(low if x < low else high if x > high else x)
+
+
+def _shared(moving: DualAscent | PID) -> dict[str, tuple[float, float, float]]:
+    """What both may be given, with its range."""
+    pace = {"warmup": (moving.warmup, 0, HUGE), "smoothing": (moving.smoothing, 0, 0.9999)}
+    return {"limit": (moving.limit, -HUGE, HUGE), **pace}
 
 
 def _check(where: str, **ranges: tuple[float, float, float]) -> None:

@@ -35,8 +35,6 @@ class Scorers:
         """While a stage trains: the costs that move its lambda, all scorers of episodes, the judge of an online
         game."""
         stage = self._recipe.stages[name]
-        if isinstance(stage, RsaStage) and stage.multiplier is None:
-            return 0
         if isinstance(stage, GameStage) and stage.online is None:
             return 0
         return self._bytes(self._kept(name))

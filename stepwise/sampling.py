@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -100,7 +100,7 @@ def sample(
     kept: list[Any] | Part = []
     if ledger is not None:
         kept = ledger.part("responses", fingerprint(policy), policy.stop_ids, prompts, asdict(decoding))
-    with policy.flattened():
+    with policy.flattened() if generate is None else nullcontext():  # another engine is handed the stack itself
         for chunk, rows in zip(chunks, resumed(kept, chunks, draw), strict=True):
             for index, row in zip(chunk, rows, strict=True):
                 responses[index] = Response(*row)
