@@ -10,6 +10,9 @@ nearer one (q; nothing is trained for it), so that distance buys nothing. The ob
 tails are the means of its worst answers, and of the answers to the prompts that the policy before the stage does worst
 on. A figure over these prompts, hardest.png, is written beside the runs. STORIES.json is a list of texts; their first
 two sentences are prompts. Arguments KEY=VALUE are overrides for every arm. Finished runs are not run again.
+
+An arm is a name, or NAME:ITERATIONS where it is to train for longer or shorter than the recipe says: arms whose answers
+differ in length sample as many tokens only in another number of iterations.
 """
 
 from __future__ import annotations
@@ -85,6 +88,14 @@ def prompts(texts: Path, folder: Path) -> list[str]:
         path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in part))
         overrides.append(f"{key}.data.path={path}")
     return overrides
+
+
+def overrides(arm: str) -> list[str]:
+    """Of an arm and, where it names them, its iterations."""
+    name, _, iterations = arm.partition(":")
+    if name not in ARMS or (iterations and not iterations.isdecimal()):
+        raise SystemExit(f"no such arm: {arm!r}; an arm is one of {', '.join(ARMS)}, or NAME:ITERATIONS")
+    return ARMS[name] + ([f"stages.aligned.iterations={iterations}"] if iterations else [])
 
 
 def play(recipe_name: str, overrides: Sequence[str], folder: Path, start: Path | None) -> Path:
@@ -234,7 +245,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--texts", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", default=["rlhf", "ra_rlhf"], choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=["rlhf", "ra_rlhf"], help=f"of {', '.join(ARMS)}")
     parser.add_argument("--output", type=Path, default=Path("runs/risk_averse"))
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="overrides of the recipe, for every arm")
     chosen = parser.parse_args()
@@ -252,8 +263,9 @@ def main() -> None:
         for arm in chosen.arms:
             shown = "aligned" if arm != chosen.arms[0] else f"{start_name}, aligned"
             start = runs.get((chosen.arms[0], seed))
-            folder = home / f"seed-{seed}" / arm
-            runs[arm, seed] = play(recipe_name, [*settings, *ARMS[arm], f"evaluate.policies=[{shown}]"], folder, start)
+            folder = home / f"seed-{seed}" / arm.replace(":", "-")
+            own = [*overrides(arm), f"evaluate.policies=[{shown}]"]
+            runs[arm, seed] = play(recipe_name, [*settings, *own], folder, start)
             print(f"{arm}, seed {seed}: {tokens(folder):,.0f} tokens sampled in training", flush=True)
     report(chosen.arms, chosen.seeds, runs)
 
