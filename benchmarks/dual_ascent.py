@@ -5,8 +5,8 @@
 Every variant starts from the helpful policy of `benchmarks/frontier.py`, in the same folder. Its loss is `ipo`, which
 trains every pair to a gap of lambda / (2 beta_1) nats, so that lambda is a price that a short stage feels. All pairs
 come from the helpful policy, in one round: what a policy samples that is safe already shows no more harm, and nothing
-would pull it back. The learning rate is constant, and lambda moves every few steps by the CVaR 10 % of 100 sampled
-answers. No selection: what is printed is the CVaR of the policy as it ended, over 400 held-out prompts with four
+would pull it back. The learning rate is constant, and lambda moves every few steps by the CVaR 10 % of 250 sampled
+answers. No selection: what is printed is the CVaR of the policy as it ended, over 400 held-out prompts with eight
 answers each and its 95 % interval, next to the limit, and CPU seconds beside those of the same stage at a fixed lambda.
 """
 
@@ -36,7 +36,7 @@ def recipe_of(tree: dict[str, Any], place: Path, first: float, ascent: dict[str,
     safe["on_policy"] |= {"scorer": "stepwise.sandbox:cost"}
     stages["safe"] = {**safe, **STAGE, "lambda": first} | ({} if ascent is None else {"multiplier": ascent})
     harm = {"cost": "stepwise.sandbox:cost", "risk": {"measure": "cvar", "alpha": 0.1}, "limit": limit}
-    harm["data"] = {"path": "sandbox:train_prompts", "format": "prompts", "limit": 100}
+    harm["data"] = {"path": "sandbox:train_prompts", "format": "prompts", "limit": 250}
     constraints = {} if ascent is None else {"harm": harm}
     return Recipe.model_validate({**tree, "evaluate": None, "stages": stages, "constraints": constraints})
 
@@ -65,7 +65,7 @@ def main() -> None:
     chosen = parser.parse_args()
     place = chosen.output.resolve() / "sandbox" / f"seed-{chosen.seed}"
     tree = sandbox_world(chosen.seed)
-    part = Evaluate.model_validate({**tree["evaluate"], "samples": 4})
+    part = Evaluate.model_validate({**tree["evaluate"], "samples": 8})
     moved = {f"from-{first:g}-lr-{chosen.lr:g}": (first, {**ASCENT, "lr": chosen.lr}) for first in chosen.lambdas}
     for name, (first, ascent) in {**moved, **{f"fixed-{value:g}": (value, None) for value in chosen.fixed}}.items():
         recipe, started = recipe_of(tree, place, first, ascent, chosen.limit), time.process_time()

@@ -8,21 +8,21 @@ of all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from stepwise.constraints.constraint import Constraint, Violation, feasible, feasible_at_bound, violation
+from stepwise.constraints.constraint import Constraint, Violation, feasible_at_bound, violation
 from stepwise.constraints.multiplier import Multiplier
 from stepwise.policy import Policy
-from stepwise.sampling import Answers, Decoding, Prompts, answer
+from stepwise.sampling import Decoding, Prompts, answer
 from stepwise.scoring import score
 from stepwise.watch import Monitor
 
 _LOOK_BACK = 5  # updates at the upper bound after which a limit counts as out of reach
 _BOOTSTRAP = 200  # replicates behind the logged interval
-_BEST_OF = 4  # responses of the reference per prompt that show what could be reached
 
 
 class Lagrangian:
@@ -50,15 +50,6 @@ class Lagrangian:
         self.monitor: Monitor | None = None
         self.updates = 0
         self.history: dict[str, list[tuple[float, float]]] = {c.name: [] for c, _ in constraints}
-
-    def feasibility(self) -> list[str]:
-        """What the reference shows of limits that look out of reach; call it before the first step."""
-        told = []
-        for constraint, prompts in self.constraints:
-            answers = self._answers(prompts, samples=_BEST_OF)
-            found = feasible(constraint, self._costs(constraint, answers), _ids(prompts, _BEST_OF))
-            told += [] if found.feasible else [found.message]
-        return told
 
     def after_step(self, step: int) -> None:
         """Measure and move, every `every` steps."""
@@ -104,31 +95,22 @@ class Lagrangian:
     def _measure(self) -> list[Violation]:
         found = []
         for constraint, prompts in self.constraints:
-            costs = self._costs(constraint, self._answers(prompts, samples=1))
-            found.append(violation(constraint, costs, _ids(prompts, 1), bootstrap=_BOOTSTRAP, seed=self.updates))
+            decoding = replace(self.decoding, seed=self.decoding.seed + self.updates)
+            answers = answer(self.policy, prompts, decoding)
+            costs = score(
+                constraint.cost,
+                answers.asked.texts,
+                answers.texts,
+                name=constraint.name,
+                columns=answers.columns,
+                batch_size=decoding.batch_size,
+            )
+            asked = range(len(prompts.ids))
+            found.append(violation(constraint, costs, asked, bootstrap=_BOOTSTRAP, seed=self.updates))
         return found
-
-    def _answers(self, prompts: Prompts, *, samples: int) -> Answers:
-        how = self.decoding
-        decoding = Decoding(how.max_new_tokens, how.temperature, how.batch_size, seed=how.seed + self.updates)
-        return answer(self.policy, prompts, decoding, samples=samples)
-
-    def _costs(self, constraint: Constraint, answers: Answers) -> list[float | None]:
-        return score(
-            constraint.cost,
-            answers.asked.texts,
-            answers.texts,
-            name=constraint.name,
-            columns=answers.columns,
-            batch_size=self.decoding.batch_size,
-        )
 
     def _warn(self, constraint: Constraint) -> None:
         lambdas, violations = zip(*self.history[constraint.name], strict=True)
         found = feasible_at_bound(constraint, lambdas, violations, bound=self.bound, last=_LOOK_BACK)
         if not found.feasible and self.monitor is not None:
             self.monitor.warn(found.message)
-
-
-def _ids(prompts: Prompts, samples: int) -> list[int]:
-    return [index for index in range(len(prompts.ids)) for _ in range(samples)]

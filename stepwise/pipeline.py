@@ -18,6 +18,7 @@ from stepwise.display import Display
 from stepwise.encoding import tokenize_prompts
 from stepwise.errors import ConfigError, Uncertified
 from stepwise.evaluation import Estimate
+from stepwise.feasibility import warn_out_of_reach
 from stepwise.game_online_stage import run_online_game_stage
 from stepwise.game_stage import run_game_stage
 from stepwise.ledger import Ledger
@@ -89,6 +90,8 @@ def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> 
             work.policy.load_adapter(name, place / "adapter")
             display.say(f"{name}: finished earlier")
         else:
+            if work.main and not place.exists():
+                warn_out_of_reach(work, name)
             _train(work, name, place, seed=recipe.seed + number)
     if not work.main:
         return []

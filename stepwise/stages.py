@@ -47,8 +47,6 @@ def run_stage(run: Workspace, name: str, stage: SftStage | RsaStage, place: Path
         part = place / f"round-{number}"
         if number == 1 and not (part / "checkpoints").exists():
             check_start(run, collate([rows[i] for i in range(min(_CHECKED, len(rows)))]))
-            for told in steering.feasibility() if steering is not None else ():
-                run.display.warn(told)
         fit = partial(train, run.policy, objective, rows, collate=collate, training=training)
         train_round(run, name, part, fit, steering, tells=steering)
     if run.main:

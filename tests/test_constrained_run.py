@@ -171,6 +171,29 @@ def test_prompts_that_are_too_few_or_none_are_told_before_any_training(finished:
     assert not list(tmp_path.glob("*/stages/*"))
 
 
+@pytest.mark.parametrize("stage", ["stages.safe.multiplier=null", "select=null"])
+def test_a_limit_below_the_best_of_the_reference_is_told_before_the_stage_starts(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """Four responses of an untrained model of 16 tokens or nearly: none of them is short."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("02-safe", "selection", "certificate.json"))
+    asked = recipe(tmp_path, "constraints.tokens.limit=5", stage)
+    (run / "recipe.yaml").write_text(dump_yaml(asked))
+    display, told = Display(quiet=True), []
+
+    def stop(text: str) -> None:
+        told.append(text)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(display, "warn", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run(asked, run, display=display)
+    for part in ("'tokens', CVaR(alpha=0.5) <= 5, looks infeasible", "6 prompts, among 24 responses", "risk 15."):
+        assert part in told[0]
+    assert not (run / "stages/02-safe").exists()
+
+
 def test_a_killed_run_goes_on_with_the_same_lambda_and_weights(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
