@@ -163,6 +163,9 @@ def _episodes(recipe: Recipe, name: str, stage: EpisodesStage, reader: Reader, b
     found, notes = reader.rows(stage.data, reader.tokenize(stage, training))
     rows = None if found is None else reader.shown(found, pairs_to_come=True)
     positions = longest_prompt(found, training.max_prompt_length) + stage.max_new_tokens
+    vllm = stage.sampling.vllm
+    if vllm is not None:
+        notes = (*notes, f"the engine of vLLM, which takes {vllm.memory:.0%} of the GPU beside the training below")
     return StagePlan(
         name=name,
         objective=_objective(stage),
@@ -174,7 +177,7 @@ def _episodes(recipe: Recipe, name: str, stage: EpisodesStage, reader: Reader, b
         rows=None if rows is None else replace(rows, kept=stage.batch, certainty="at most"),
         trainable=None if bytes_of is None else bytes_of.adapter(name),
         memory=None if bytes_of is None else bytes_of.training(name, found),
-        sampling=None if bytes_of is None else bytes_of.sampling(name, min(PAIR_BATCH, stage.batch), positions),
+        sampling=None if bytes_of is None or vllm else bytes_of.sampling(name, min(PAIR_BATCH, stage.batch), positions),
         notes=notes,
     )
 

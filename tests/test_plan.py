@@ -26,6 +26,7 @@ from stepwise.plan import plan
 from stepwise.plan_report import Plan, optimiser_steps
 from stepwise.policy import Policy
 from stepwise.recipe import Recipe
+from stepwise.recipe import load as load_recipe
 from stepwise.train import Training, train
 
 SHORT, LONG = words([5, 6]), words(list(range(10, 60)))
@@ -282,6 +283,14 @@ def test_the_sandbox_is_planned_as_it_is_built(tmp_path: Path) -> None:
 
 def test_pairs_are_sampled_in_the_batches_of_a_stage() -> None:
     assert plans.PAIR_BATCH == stage_rows._PAIR_BATCH
+
+
+def test_what_vllm_takes_is_said_and_what_it_replaces_is_not_counted() -> None:
+    small = ["sandbox.sft=20", "sandbox.prompts=12", "sandbox.pretrain_steps=3"]
+    for engine, wanted in ({"vllm": {"memory": 0.35}}, False), ({"top_k": 5}, True):
+        found = plan(load_recipe("ra_rlhf_sandbox", [*small, f"stages.aligned.sampling={json.dumps(engine)}"]))
+        assert (found.stages[1].sampling is not None) is wanted
+        assert ("not planned: the engine of vLLM, which takes 35% of the GPU" in shown(found)) is not wanted
 
 
 # --- what is missing, what is wrong ----------------------------------------------------------------------------------
