@@ -8,11 +8,11 @@ import os
 import shutil
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import torch
+from local_endpoint import chat
 from small_models import BOS, EOS, PAD, VOCABULARY, llama, save, tokenizer, words
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -130,70 +130,31 @@ def _classifier(folder: Path, kept: dict[str, str], *, seed: int, **more: Any) -
     tokenizer().save_pretrained(folder)
 
 
-class Server:
-    """An OpenAI-compatible endpoint: numbers and verdicts that follow from the question; it keeps what it was asked.
+class Questions:
+    """What the served model answers: numbers and verdicts that follow from the question.
 
     Model `slow` takes 0.3 s; `busy` refuses every question once with status 503.
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.clear()
-        server = self
+        self.lock, self.refused = threading.Lock(), set[str]()
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.0"
-
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                status, reply = server.answer(json.loads(body), self.headers.get("Authorization"))
-                raw = json.dumps(reply).encode()
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
-
-            def log_message(self, *arguments: Any) -> None:
-                pass
-
-        class Quiet(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *arguments: Any) -> None:
-                pass  # a client that left
-
-        http = Quiet(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{http.server_port}/v1"
-        threading.Thread(target=http.serve_forever, args=(0.05,), daemon=True).start()
-
-    def clear(self) -> None:
-        """Forget what was asked."""
-        self.asked: list[str] = []
-        self.refused: set[str] = set()
-        self.now = self.most = 0
-
-    def answer(self, body: dict[str, Any], key: str | None) -> tuple[int, dict[str, Any]]:
+    def reply(self, body: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
         question = body["messages"][0]["content"]
         with self.lock:
-            self.asked.append(json.dumps([body, key], sort_keys=True))
-            self.now += 1
-            self.most = max(self.most, self.now)
             busy = body["model"] == "busy" and question not in self.refused
             self.refused.add(question)
         time.sleep(0.3 if body["model"] == "slow" else 0.03)
-        with self.lock:
-            self.now -= 1
         if busy:
-            return 503, {}
+            return 503, {}, {}
         # The answer follows from the question, so that nothing depends on the order of the requests.
         total = sum(i * int(word[1:]) for i, word in enumerate(question.split(), 1) if word[1:].isdigit())
-        words = f"Score: {total % 10} Second: {total % 7} Verdict: {'AB'[total % 2]} Or: {'CD'[total % 3 > 0]}".split(
-            " "
-        )
-        choice: dict[str, Any] = {"message": {"role": "assistant", "content": " ".join(words)}}
+        said = f"Score: {total % 10} Second: {total % 7} Verdict: {'AB'[total % 2]} Or: {'CD'[total % 3 > 0]}"
+        answer = chat(said)
         if body.get("logprobs"):
-            choice["logprobs"] = {"content": [_token(f"{word} ", total % 5 / 10) for word in words]}
-        return 200, {"choices": [choice]}
+            tokens = [_token(f"{word} ", total % 5 / 10) for word in said.split(" ")]
+            answer["choices"][0]["logprobs"] = {"content": tokens}
+        return 200, answer, {}
 
 
 def _token(word: str, other: float) -> dict[str, Any]:

@@ -90,6 +90,7 @@ class Bench:
     """The world, its bases, and what each of them leaves."""
 
     def __init__(self, folder: Path) -> None:
+        import local_endpoint
         import option_world
         import torch
 
@@ -99,7 +100,7 @@ class Bench:
         endpoint.FIRST_WAIT = 0.01
         os.chdir(folder)
         option_world.build(folder)
-        self.server, self.calls = option_world.Server(), 0
+        self.server, self.calls = local_endpoint.Server(), 0
         self.bases = bases()
         self.known: dict[str, dict[str, str]] = {}
         torch.nn.modules.module.register_module_forward_hook(self._called)
@@ -109,6 +110,8 @@ class Bench:
 
     def left_by(self, base: str, overrides: tuple[str, ...]) -> dict[str, str]:
         """A digest of every part of what a run leaves."""
+        import option_world
+
         from stepwise import pipeline
         from stepwise.display import Display
         from stepwise.errors import Interrupted, StepwiseError
@@ -120,6 +123,7 @@ class Bench:
         recipe, ends = load("recipe.yaml", changes), "finished"
         self.calls = 0
         self.server.clear()
+        self.server.reply = option_world.Questions().reply  # it forgets what it refused
         shutil.rmtree("runs", ignore_errors=True)
         gc.collect()
         gc.freeze()
@@ -130,11 +134,12 @@ class Bench:
             raise SystemExit(str(error)) from None
         except StepwiseError as error:
             ends = f"{type(error).__name__}: {error}"
+        asked, keys = self.server.asked, [headers.get("Authorization") for headers in self.server.headers]
         return {
             **parts(Path("runs")),
             "passes": f"{self.calls}",
-            "asked": _digest(sorted(self.server.asked)),
-            "at_once": f"{self.server.most}",
+            "asked": _digest(sorted(json.dumps(one, sort_keys=True) for one in zip(asked, keys, strict=True))),
+            "at_once": f"{self.server.most_at_once}",
             "ends": ends,
         }
 

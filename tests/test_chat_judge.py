@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from test_judge import KEY, Server, chat
+from local_endpoint import Server, chat
+from test_judge import KEY
 
 from stepwise import endpoint, recipe_judges
 from stepwise.errors import ConfigError, ScoreError

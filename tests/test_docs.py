@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from local_endpoint import Server, chat
 from ruamel.yaml import YAML
 from small_tokenizers import byte_level
-from test_judge import Server, chat
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from typer.main import get_command
 
