@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,21 @@ from stepwise.constraints.selection import Check, Selection, Step, select
 from stepwise.data import Loaded
 from stepwise.errors import ConfigError
 from stepwise.formats import Pair, Prompt
-from stepwise.ledger import Ledger
+from stepwise.ledger import Ledger, digest
+from stepwise.policy import Policy
 from stepwise.recipe import Constraint
 from stepwise.recipe_scorers import Spec
 from stepwise.risk import build
 from stepwise.run_folder import CERTIFICATE
 from stepwise.sampling import Decoding, Prompts, answer
+from stepwise.sampling import fingerprint as policy_fingerprint
 from stepwise.scoring import Scorer, every, score
 from stepwise.strength_report import plot, record
 from stepwise.targets import fingerprint, resolve
 from stepwise.workspace import Workspace
 
 FRONTIER = "frontier.svg"
+KEY = "key"  # beside the responses of a scale: SHA-256 of what they depend on
 
 
 def check_prompts(run: Workspace) -> None:
@@ -109,39 +114,41 @@ def _at(
     scorers: Callable[[], Mapping[str, Scorer]],
     q: float,
 ) -> list[dict[str, Any]]:
-    """One response to each prompt at scale q, scored; read back where an earlier process finished it."""
+    """One response to each prompt at scale q, scored; read back where an earlier process finished it for the same
+    policy, prompts and scorers."""
     part, place = run.recipe.select, run.folder.path / "selection" / f"q-{q:g}"
     assert part is not None
-    if not place.is_dir():
-        ledger = Ledger.beside(place, {name: fingerprint(spec) for name, spec in specs.items()})
-        decoding = Decoding(part.max_new_tokens, batch_size=part.batch_size, seed=run.recipe.seed)
-        last = run.policy.names[-1]
-        run.policy.scale(last, q)
-        try:
-            answers = answer(run.policy, prompts, decoding, ledger=ledger)
-        finally:
-            run.policy.scale(last, 1.0)
-        table: dict[str, list[Any]] = {"prompt": answers.asked.texts, "completion": answers.texts}
-        for name, scorer in scorers().items():
-            table[name] = score(
-                scorer,
-                answers.asked.texts,
-                answers.texts,
-                name=name,
-                columns=answers.columns,
-                batch_size=part.batch_size,
-                ledger=ledger,
-            )
-        rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        checkpoint.commit(place, lambda folder: _write(folder / "responses.jsonl", text))
-    Ledger.beside(place).remove()
+    decoding = Decoding(part.max_new_tokens, batch_size=part.batch_size, seed=run.recipe.seed)
+    costs = {name: fingerprint(spec) for name, spec in specs.items()}
+    ledger, last = Ledger.beside(place, costs), run.policy.names[-1]
+    run.policy.scale(last, q)
+    try:
+        key = digest(policy_fingerprint(run.policy), prompts, asdict(decoding), costs)
+        if not (place / KEY).is_file() or (place / KEY).read_text() != key:
+            rows = _scored(run.policy, prompts, decoding, scorers(), ledger)
+            checkpoint.commit(place, partial(_write, rows, key))
+    finally:
+        run.policy.scale(last, 1.0)
+    ledger.remove()
     checkpoint.verify(place)
     return [json.loads(line) for line in (place / "responses.jsonl").read_text().splitlines()]
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
+def _scored(
+    policy: Policy, prompts: Prompts, decoding: Decoding, scorers: Mapping[str, Scorer], ledger: Ledger
+) -> list[dict[str, Any]]:
+    answers = answer(policy, prompts, decoding, ledger=ledger)
+    asked, texts, size = answers.asked.texts, answers.texts, decoding.batch_size
+    table: dict[str, list[Any]] = {"prompt": asked, "completion": texts}
+    for name, scorer in scorers.items():
+        told: dict[str, Any] = {"name": name, "columns": answers.columns, "batch_size": size, "ledger": ledger}
+        table[name] = score(scorer, asked, texts, **told)
+    return [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+
+
+def _write(rows: list[dict[str, Any]], key: str, folder: Path) -> None:
+    (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / KEY).write_text(key)
 
 
 def _all(rows: list[dict[str, Any]], name: str) -> list[float]:

@@ -1,8 +1,10 @@
 """Runs under a constraint, real but small: a moving multiplier, weighted pairs, a certified strength."""
 
+import hashlib
 import json
 import math
 import shutil
+import sys
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,37 @@ def test_prompts_that_are_too_few_or_none_are_told_before_any_training(finished:
         with pytest.raises(error, match=what):
             pipeline.run(asked, run, display=QUIET)
     assert not list(tmp_path.glob("*/stages/*"))
+
+
+def test_a_certificate_is_of_the_policy_the_prompts_and_the_cost_as_they_are(finished: Path, tmp_path: Path) -> None:
+    run, scorer = tmp_path / "run", tmp_path / "scorer.py"
+    shutil.copytree(finished, run, ignore=shutil.ignore_patterns("metrics.json", "samples"))
+    asked = recipe(tmp_path, "constraints.tokens.limit=16", f"constraints.tokens.cost={scorer}:cost", "evaluate=null")
+    (run / "recipe.yaml").write_text(dump_yaml(asked))
+
+    def seen(cost: float) -> list[float]:
+        scorer.write_text(f"def cost(completions, **columns):\n    return [{cost}] * len(completions)\n")
+        for name in [n for n, module in sys.modules.items() if getattr(module, "__file__", None) == str(scorer)]:
+            del sys.modules[name]  # as in a process of its own
+        pipeline.run(asked, run, display=QUIET)
+        steps = json.loads((run / "certificate.json").read_text())["steps"]
+        return [step["checks"][0]["bound"]["estimate"] for step in steps]
+
+    assert seen(1.0) == [1.0, 1.0]  # and not those of the run that was copied
+    kept = {path: path.stat().st_mtime_ns for path in run.glob("selection/*/responses.jsonl")}
+    assert seen(1.0) == [1.0, 1.0]
+    assert kept == {path: path.stat().st_mtime_ns for path in run.glob("selection/*/responses.jsonl")}
+    assert seen(2.0) == [2.0, 2.0]
+    shutil.copytree(finished / "stages/01-helpful/adapter", tmp_path / "other")  # another policy under the same name
+    weights = tmp_path / "other" / "adapter_model.safetensors"
+    before = (run / "selection/q-1/key").read_text()
+    shutil.copyfile(weights, run / "stages/02-safe/adapter/adapter_model.safetensors")
+    manifest = run / "stages/02-safe/adapter/manifest.json"
+    sums = json.loads(manifest.read_text())
+    sums["sha256"]["adapter_model.safetensors"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(sums))
+    seen(2.0)
+    assert (run / "selection/q-1/key").read_text() != before
 
 
 @pytest.mark.parametrize("stage", ["stages.safe.multiplier=null", "select=null"])
