@@ -43,6 +43,7 @@ class Policy:
         self._base: Any = model
         self._peft: Any = None
         self._layers: list[Any] = []
+        self._parts = {part for path, _ in model.named_modules() for part in path.split(".")}
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.head = head_of(self._base)
@@ -103,6 +104,7 @@ class Policy:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
+        self.check_name(name)
         if name in self.names:
             raise ModelError(f"The stack already has an adapter {name!r}", got=self.names, wanted="a new name")
         config = LoraConfig(
@@ -129,6 +131,17 @@ class Policy:
         self._layers = [module for module in self._peft.modules() if isinstance(module, BaseTunerLayer)]
         self.names.append(name)
         self._activate(self.names)
+
+    def check_name(self, name: str) -> None:
+        """Raise `ModelError` for a name that a module of the model has: weights are told apart by the names in their
+        paths."""
+        if name in self._parts | {"base_model", "model", "base_layer", "weight", "bias"}:
+            raise ModelError(
+                "An adapter cannot be called what a part of the model is called",
+                where=f"stages.{name}",
+                got=repr(name),
+                wanted="another name for the stage, as `safe`",
+            )
 
     def _activate(self, names: Sequence[str]) -> None:
         self._active = list(names)

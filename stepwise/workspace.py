@@ -41,6 +41,8 @@ class Workspace:
             revision=recipe.model.revision,
             activation_checkpointing=recipe.model.activation_checkpointing,
         )
+        for name in recipe.stages:
+            self.policy.check_name(name)
 
     @property
     def sandbox(self) -> sandbox.Sandbox:

@@ -264,6 +264,10 @@ def test_wrong_names_and_strengths_are_refused(bases: Callable[[str], str]) -> N
     policy = stacked(bases("llama"), "a")
     with pytest.raises(ModelError, match="already has an adapter 'a'"):
         policy.push("a", rank=4, alpha=8)
+    for taken in ("layers", "mlp", "q_proj", "model"):  # weights of other adapters have these in their paths
+        with pytest.raises(ModelError, match=f"part of the model is called.*Got: '{taken}'"):
+            policy.push(taken, rank=4, alpha=8)
+    assert policy.names == ["a"]
     with pytest.raises(ModelError, match="No adapter named 'b'"), policy.using(["b"]):
         pass
     with pytest.raises(ModelError, match="No adapter named 'b'"):
