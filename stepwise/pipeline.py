@@ -92,7 +92,7 @@ def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> 
         else:
             if work.main and not place.exists():
                 warn_out_of_reach(work, name)
-            _train(work, name, place, seed=recipe.seed + number)
+            _train(work, name, place, seed=(recipe.seed + number) % 2**32)
     if not work.main:
         return []
     selection = None if recipe.select is None else select_strength(work)

@@ -217,7 +217,7 @@ def _evaluating(policy: Policy) -> Iterator[None]:
 def _random_stream(device: torch.device, seed: int, number: int) -> Iterator[None]:
     """Draw from a stream of its own and leave the global one untouched."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed * 1_000_003 + number)
+        torch.manual_seed((seed * 1_000_003 + number) % 2**63)
         yield
 
 

@@ -32,6 +32,7 @@ def test_equal_arguments_give_equal_responses_and_leave_the_global_stream_alone(
     assert torch.equal(torch.rand(3), expected)
     assert sample(policy, PROMPTS, Decoding(12, batch_size=2, seed=3)) == first
     assert sample(policy, PROMPTS, Decoding(12, batch_size=2, seed=4)) != first
+    sample(policy, PROMPTS, Decoding(2, seed=2**32 * 1_000_003))  # what a stage makes of a large seed
 
 
 def test_batches_of_one_prompt_twice_are_drawn_apart(policy: Policy) -> None:
