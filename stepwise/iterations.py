@@ -10,8 +10,6 @@ import numpy as np
 
 from stepwise.train import Training
 
-_AT_THE_END = 10**9  # steps; the last one is always saved
-
 
 def folder_of(place: Path, iteration: int) -> Path:
     """Of an iteration, in the folder of its stage."""
@@ -44,6 +42,5 @@ def of_iteration(training: Training, iteration: int, iterations: int) -> Trainin
         learning_rate=training.learning_rate * share,
         scheduler="constant",
         warmup=0.0,
-        save_every=training.save_every or _AT_THE_END,  # the next iteration begins with the last checkpoint
         seed=(training.seed * 1_000_003 + iteration) % 2**32,
     )

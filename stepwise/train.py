@@ -32,6 +32,7 @@ from stepwise.watch import LogTo, Meter, Monitor, Steer, Steering, StopOnSignal
 
 Batch = dict[str, Tensor]
 
+_AT_THE_END = 10**9  # a training that is through is saved, whatever the number of its steps
 _ABOUT = ("items", "rows", "places")  # tensors of a batch that are no arguments of the objective
 
 
@@ -372,7 +373,7 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
             got=f"{training.batch_size} over {passes} at once ({training.micro_batch} per process)",
             wanted=f"a multiple of {passes}",
         )
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=training.epochs,
         learning_rate=training.learning_rate,
@@ -382,8 +383,8 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
         max_grad_norm=training.max_grad_norm,
         per_device_train_batch_size=training.micro_batch,
         gradient_accumulation_steps=training.batch_size // passes,
-        save_strategy="steps" if training.save_every else "no",
-        save_steps=training.save_every or 1,
+        save_strategy="steps",
+        save_steps=training.save_every or _AT_THE_END,
         logging_steps=training.log_every,
         logging_nan_inf_filter=False,
         seed=training.seed,
@@ -395,3 +396,6 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if arguments.n_gpu > 1:  # one process has one GPU: transformers would scatter a batch, chosen here, rejected there
+        arguments._n_gpu = 1
+    return arguments
