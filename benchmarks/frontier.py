@@ -145,7 +145,7 @@ def arm_stages(shared: Stages, arm: str, mixed: Path) -> Stages:
     alpha, risk = TOKEN_RISK[token]
     safe |= {"alpha": alpha, "risk": risk}
     if how == "unweighted":
-        del safe["pair_risk"]
+        safe.pop("pair_risk", None)  # the stories have none
     if how == "offline":
         safe = {k: v for k, v in safe.items() if k != "on_policy"}
         safe |= {
