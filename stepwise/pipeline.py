@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -48,11 +49,12 @@ def run(recipe: Recipe, output: Path | None = None, *, display: Display | None =
 
 
 def _run_in(path: Path, recipe: Recipe, display: Display | None, *, anew: bool) -> list[Estimate]:
-    main = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    # The others wait while the main process samples and scores, for hours at times.
+    main = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7)).is_main_process
     display = (display or Display()) if main else Display(silent=True)
     _quieten()
     if not main:
-        return _run(recipe, RunFolder(path), display, anew=anew)
+        return _run(recipe, RunFolder(path, main=False), display, anew=anew)
     with checkpoint.exclusive(path):
         folder = RunFolder(path)
         folder.claim(recipe)
@@ -91,12 +93,15 @@ def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> 
             display.say(f"{name}: finished earlier")
         else:
             if work.main and not place.exists():
-                warn_out_of_reach(work, name)
+                with work.alone():
+                    warn_out_of_reach(work, name)
+            PartialState().wait_for_everyone()
             _train(work, name, place, seed=(recipe.seed + number) % 2**32)
     if not work.main:
         return []
-    selection = None if recipe.select is None else select_strength(work)
-    estimates = [] if recipe.evaluate is None else evaluate(work, anew=anew)
+    with work.alone():
+        selection = None if recipe.select is None else select_strength(work)
+        estimates = [] if recipe.evaluate is None else evaluate(work, anew=anew)
     if selection is not None and selection.chosen is None:
         raise _uncertified(folder, selection)
     return estimates

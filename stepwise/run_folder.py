@@ -34,9 +34,9 @@ CERTIFICATE = "certificate.json"
 class RunFolder:
     """Paths of a run. `claim` makes the folder belong to a recipe."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, main: bool = True) -> None:
         self.path = path
-        self.log = Log(path / "log.jsonl")
+        self.log = Log(path / "log.jsonl", written=main)
 
     def stage(self, number: int, name: str) -> Path:
         """Folder of a stage; `number` counts from 1."""
@@ -164,10 +164,13 @@ def _now() -> str:
 
 
 class Log:
-    """`log.jsonl`: one object per line; a resumed stage replaces the lines that the lost steps had written."""
+    """`log.jsonl`: one object per line; a resumed stage replaces the lines that the lost steps had written.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Of several processes only one may write it.
+    """
+
+    def __init__(self, path: Path, *, written: bool = True) -> None:
+        self.path, self.written = path, written
 
     def lines(self) -> list[dict[str, Any]]:
         """All whole lines; one cut off by a crash is left out."""
@@ -183,12 +186,16 @@ class Log:
 
     def rewind(self, key: Mapping[str, Any], *, step: int) -> None:
         """Forget lines of `key` (such as a stage and round) after `step`."""
+        if not self.written:
+            return
         kept = [line for line in self.lines() if not (key.items() <= line.items() and line.get("step", 0) > step)]
         checkpoint.write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append one line and force it to disk, so that it is never behind a checkpoint. Raises `CheckpointError` when
         it cannot be written."""
+        if not self.written:
+            return
         with checkpoint.writing(self.path), self.path.open("a") as handle:
             handle.write(json.dumps(line) + "\n")
             handle.flush()

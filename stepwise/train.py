@@ -304,7 +304,7 @@ class StepwiseTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:  # the Trainer's own running mean forgets what came before a resumption
-            logs |= self.meter.means(self.accelerator.reduce)
+            logs |= self.meter.means()
         super().log(logs, start_time)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ class StepwiseTrainer(Trainer):
             self._save_checkpoint(self.model_wrapped, None)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.meter.gather(self.accelerator.reduce, main=self.args.should_save)
+        self.meter.gather(main=self.args.should_save)
         if self.args.should_save:
             checkpoint.save_step(self.folder, self.state.global_step, self._fill, keep=self.training.keep)
         self.accelerator.wait_for_everyone()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -78,17 +79,19 @@ class Meter:
             entry[0] += total
             entry[1] += values.numel()
 
-    def means(self, reduce: Callable[..., Tensor]) -> dict[str, float]:
+    def means(self) -> dict[str, float]:
         """Means over everything added since the last call, over all processes; then start anew."""
-        self.gather(reduce, main=True)
+        self.gather(main=True)
         sums, self.state = self.state, {}
         return {name: total / count for name, (total, count) in sums.items() if count > 0}
 
-    def gather(self, reduce: Callable[..., Tensor], *, main: bool) -> None:
-        """Bring what all processes added to the main one."""
-        names = sorted(self.state)
-        totals = reduce(torch.tensor([self.state[n] for n in names], dtype=torch.float64), reduction="sum").tolist()
-        self.state = dict(zip(names, totals, strict=True)) if main else {}
+    def gather(self, *, main: bool) -> None:
+        """Bring what all processes added to the main one. A process that had no row yet has no names."""
+        states: list[dict[str, list[float]]] = gather_object([self.state])
+        self.state = {}
+        for name in sorted({name for state in states for name in state}) if main else ():
+            parts = [state[name] for state in states if name in state]
+            self.state[name] = [sum(total for total, _ in parts), sum(count for _, count in parts)]
 
 
 class LogTo(TrainerCallback):

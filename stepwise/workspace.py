@@ -4,7 +4,8 @@ once."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +33,7 @@ class Workspace:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, display: Display) -> None:
         self.recipe, self.folder, self.display = recipe, folder, display
-        self.main = PartialState().is_main_process
+        self.main, self._alone = PartialState().is_main_process, False
         self.policy = Policy.load(
             str(self.sandbox.base) if recipe.model.base == "sandbox" else recipe.model.base,
             quantization=recipe.model.quantization,
@@ -44,12 +45,24 @@ class Workspace:
         for name in recipe.stages:
             self.policy.check_name(name)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within the context the main process works while the others do not: nobody is waited for."""
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._alone = False
+
+    def _main_first(self) -> AbstractContextManager[Any]:
+        return nullcontext() if self._alone else PartialState().main_process_first()
+
     @property
     def sandbox(self) -> sandbox.Sandbox:
         """The built sandbox; built on first use."""
         part = self.recipe.sandbox
         assert part is not None
-        with PartialState().main_process_first():
+        with self._main_first():
             return sandbox.build(
                 self.folder.path / "sandbox",
                 seed=part.seed,
@@ -78,7 +91,7 @@ class Workspace:
         """Tokenise once; a second run reads what the first kept."""
         settings = {"template": self.recipe.model.template, **settings}
         key = tokens_key(loaded.fingerprint, self.policy.tokenizer, call=tokenize.__name__, **settings)
-        with PartialState().main_process_first():
+        with self._main_first():
             tokens = cached(
                 self.folder.path / "cache", key, lambda: tokenize(loaded.rows, self.policy.tokenizer, **settings)
             )

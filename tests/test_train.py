@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from trials import METHODS, TRAINING, Trial, rows, state
 
-from stepwise import checkpoint
+from stepwise import checkpoint, watch
 from stepwise.errors import ConfigError
 from stepwise.policy import Policy
 from stepwise.run_folder import Log
@@ -157,19 +157,20 @@ def test_a_meter_gives_the_mean_of_all_it_was_given_and_starts_anew(parts: list[
     again.state = json.loads(json.dumps(meter.state))
     values = np.concatenate(parts)
     for one in (meter, again):
-        found = one.means(lambda tensor, reduction: tensor)
+        found = one.means()
         assert found["x"] == pytest.approx(values.mean(), rel=1e-9, abs=1e-9)
-        assert one.means(lambda tensor, reduction: tensor) == {}
+        assert one.means() == {}
 
 
-def test_a_meter_of_several_processes_is_counted_once() -> None:
-    parts = [Meter(), Meter()]
-    for number, meter in enumerate(parts):
+def test_a_meter_of_several_processes_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [Meter(), Meter(), Meter()]  # the last one had no row
+    for number, meter in enumerate(parts[:2]):
         meter.add({"x": torch.tensor([1.0, 3.0 + number])})
-    both = torch.stack([torch.tensor([m.state["x"]], dtype=torch.float64) for m in parts]).sum(0)
+    states = [dict(meter.state) for meter in parts]
+    monkeypatch.setattr(watch, "gather_object", lambda own: states)
     for number, meter in enumerate(parts):
-        meter.gather(lambda tensor, reduction: both, main=number == 0)
-    assert parts[0].state == {"x": [9.0, 4.0]} and parts[1].state == {}
+        meter.gather(main=number == 0)
+    assert parts[0].state == {"x": [9.0, 4.0]} and parts[1].state == parts[2].state == {}
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from forks import fork
 from kills import newest_step
 from safetensors.torch import load_file
 from tail_runs import ADAPTER, STAGE, lines, run, written
+from test_constrained_run import RECIPE as CONSTRAINED
 from trials import METHODS, TRAINING, Trial, state
 
 from stepwise import episodes
@@ -28,6 +29,7 @@ def test_two_processes_give_the_losses_and_weights_of_one_and_stop_and_resume_to
     base: Path, tmp_path: Path
 ) -> None:
     recipe = written(tmp_path)
+    (tmp_path / "whole.yaml").write_text(CONSTRAINED)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(
@@ -74,3 +76,9 @@ def test_two_processes_give_the_losses_and_weights_of_one_and_stop_and_resume_to
         assert rows[0].index == rows[1].index and len(rows[0].index) < 8
     ours, theirs = (load_file(tmp_path / run / STAGE / ADAPTER) for run in ("tail of one", "tail"))
     assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) <= 1e-5
+
+    whole = tmp_path / "whole"  # a moving multiplier, sampled pairs, a selection and an evaluation
+    moved = [line["lambda/tokens"] for line in Log(whole / "log.jsonl").lines() if "lambda/tokens" in line]
+    assert len(moved) == 2  # one line for both processes
+    assert json.loads((whole / "certificate.json").read_text())["prompts"] == 60
+    assert {row["policy"] for row in json.loads((whole / "metrics.json").read_text())} >= {"base", "helpful", "safe"}

@@ -15,6 +15,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import tail_runs  # noqa: E402
 from trials import TRAINING, Trial  # noqa: E402
 
+from stepwise import pipeline  # noqa: E402
+from stepwise.display import Display  # noqa: E402
 from stepwise.errors import Interrupted  # noqa: E402
 from stepwise.recipe import load  # noqa: E402
 
@@ -43,6 +45,11 @@ def main(base: Path, folder: Path) -> None:
         (folder / f"stopped-{rank}.json").write_text(json.dumps(str(error)))
     trial.run()
     tail_runs.run(load(folder / "recipe.yaml", ["training.learning_rate=1e-3"]), folder / "tail")
+    pipeline.run(
+        load(folder / "whole.yaml", ["training.micro_batch=2", "constraints.tokens.limit=16"]),
+        folder / "whole",
+        display=Display(quiet=True),
+    )
 
 
 main(Path(sys.argv[1]), Path(sys.argv[2]))
