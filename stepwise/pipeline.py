@@ -230,7 +230,8 @@ def open_policy(model: str) -> Policy:
     """A model (hub id or folder) as it is, or the whole stack of a finished run, at its certified strength if any."""
     _quieten()
     if not (Path(model) / "recipe.yaml").is_file():
-        return Policy.load(model, quantization="none", dtype=torch.float32)
+        dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        return Policy.load(model, quantization="none", dtype=dtype)
     folder = RunFolder(Path(model))
     work = Workspace(folder.recipe(), folder, Display(quiet=True))
     for number, name in enumerate(work.recipe.stages, 1):

@@ -58,7 +58,9 @@ def run_policy_gradient_stage(run: Workspace, name: str, stage: EpisodesStage, p
     scorers = _scorers(run, stage)
     scored = ScoredPolicy(run.policy, outputs=len(scorers))
     prompts = run.prompts(loaded, max_prompt_length=run.recipe.training_of(name).max_prompt_length)
-    table = _Table(run, name, stage, scorers, prompts, _demonstrations(run, name, stage), seed, _generate(run, stage))
+    table = _Table(
+        run, name, stage, scorers, prompts, _demonstrations(run, name, stage), seed, _generate(run, name, stage)
+    )
     objective, training = _objective(scored, stage), training_of(run.recipe, name, seed)
     for told in doubts(stage):
         run.display.warn(told)
@@ -112,10 +114,11 @@ def _demonstrations(run: Workspace, name: str, stage: EpisodesStage) -> Tokens |
     return run.tokens(tokenize_texts, run.load(stage.ptx.data), max_length=limit, eos_id=run.policy.eos_id)
 
 
-def _generate(run: Workspace, stage: EpisodesStage) -> Generate | None:
+def _generate(run: Workspace, name: str, stage: EpisodesStage) -> Generate | None:
     if stage.sampling.vllm is None:
         return None
-    return VllmGenerator(memory=stage.sampling.vllm.memory, revision=run.recipe.model.revision)
+    longest = run.recipe.training_of(name).max_prompt_length + stage.max_new_tokens
+    return VllmGenerator(memory=stage.sampling.vllm.memory, longest=longest, revision=run.recipe.model.revision)
 
 
 def _objective(scored: ScoredPolicy, stage: EpisodesStage) -> nn.Module:

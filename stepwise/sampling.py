@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from stepwise.errors import DataError
+from stepwise.errors import DataError, ModelError
 from stepwise.ledger import Ledger, Part, resumed
 from stepwise.policy import Policy
 
@@ -78,7 +78,8 @@ def sample(
 
     At temperature 1, with nothing truncated or forbidden, the distribution sampled from is the policy itself. A pure
     function of its arguments: every batch has its own random stream, so that what goes on from a `ledger` equals what
-    was never interrupted. Raises `DataError` when a prompt is empty or leaves no room in the context.
+    was never interrupted. A batch that does not fit in memory is drawn in halves, each with a stream of its own. Raises
+    `DataError` when a prompt is empty or leaves no room in the context, `ModelError` when not even one response fits.
     """
     limit = context(policy)
     for index, prompt in enumerate(prompts):
@@ -93,9 +94,16 @@ def sample(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     chunks = [by_length[start : start + decoding.batch_size] for start in range(0, len(prompts), decoding.batch_size)]
 
-    def draw(number: int, chunk: list[int]) -> list[Response]:
-        with _random_stream(policy.device, decoding.seed, decoding.stream + number):
-            return (generate or _generate)(policy, [prompts[i] for i in chunk], decoding)
+    def draw(number: int, chunk: list[int], half: int = 1) -> list[Response]:
+        try:
+            with _random_stream(policy.device, decoding.seed, decoding.stream + number, half):
+                return (generate or _generate)(policy, [prompts[i] for i in chunk], decoding)
+        except torch.OutOfMemoryError as error:
+            if len(chunk) == 1:
+                raise _too_long(prompts[chunk[0]], decoding) from error
+        torch.cuda.empty_cache()  # what the error held is free by now
+        middle = len(chunk) // 2
+        return draw(number, chunk[:middle], 2 * half) + draw(number, chunk[middle:], 2 * half + 1)
 
     kept: list[Any] | Part = []
     if ledger is not None:
@@ -105,6 +113,15 @@ def sample(
             for index, row in zip(chunk, rows, strict=True):
                 responses[index] = Response(*row)
     return [r for r in responses if r is not None]
+
+
+def _too_long(prompt: Sequence[int], decoding: Decoding) -> ModelError:
+    return ModelError(
+        "There is not enough memory for a single response",
+        where="sampling",
+        got=f"a prompt of {len(prompt)} tokens and up to {decoding.max_new_tokens} new ones",
+        wanted="shorter prompts, a smaller max_new_tokens, `quantization: nf4`, or more free memory",
+    )
 
 
 def context(policy: Policy) -> int:
@@ -214,10 +231,11 @@ def _evaluating(policy: Policy) -> Iterator[None]:
 
 
 @contextmanager
-def _random_stream(device: torch.device, seed: int, number: int) -> Iterator[None]:
-    """Draw from a stream of its own and leave the global one untouched."""
+def _random_stream(device: torch.device, seed: int, number: int, half: int = 1) -> Iterator[None]:
+    """Draw from a stream of its own and leave the global one untouched. `half` 1 is a whole batch, 2 and 3 its halves,
+    4 to 7 theirs. The CPU's generator takes the lower 32 bits of a seed."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed((seed * 1_000_003 + number) % 2**63)
+        torch.manual_seed((seed * 1_000_003 + number + (half - 1) * 2_654_435_761) % 2**63)
         yield
 
 

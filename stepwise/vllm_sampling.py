@@ -40,15 +40,15 @@ def check() -> None:
 
 
 class VllmGenerator:
-    """A `stepwise.sampling.Generate`. memory: share of the GPU's memory that vLLM takes, weights included; revision:
-    of a base from the hub.
+    """A `stepwise.sampling.Generate`. memory: share of the GPU's memory that vLLM takes, weights included; longest:
+    tokens of a prompt and its response at most; revision: of a base from the hub.
 
     The engine starts with the first call. Raises `ModelError` when it cannot, or when it answers what nobody asked.
     """
 
-    def __init__(self, *, memory: float, revision: str | None = None) -> None:
+    def __init__(self, *, memory: float, longest: int, revision: str | None = None) -> None:
         check()
-        self.memory, self.revision = memory, revision
+        self.memory, self.longest, self.revision = memory, longest, revision
         self._engine: Any = None
         self._numbers = itertools.count(1)
 
@@ -63,7 +63,8 @@ class VllmGenerator:
         with tempfile.TemporaryDirectory(prefix="stepwise-lora-") as folder:
             rank = policy.save_stack(Path(folder)) if policy.active else 0
             if self._engine is None:
-                self._engine = _started(engine_options(policy, rank, memory=self.memory, revision=self.revision))
+                room: dict[str, Any] = {"memory": self.memory, "longest": self.longest, "revision": self.revision}
+                self._engine = _started(engine_options(policy, rank, **room))
             number = next(self._numbers)
             lora = LoRARequest(f"policy-{number}", number, folder) if rank else None
             outputs = self._engine.generate(asked, how, lora_request=lora, use_tqdm=False)
@@ -72,7 +73,7 @@ class VllmGenerator:
         return [response_of(output.outputs[0], policy.stop_ids) for output in outputs]
 
 
-def engine_options(policy: Policy, rank: int, *, memory: float, revision: str | None) -> dict[str, Any]:
+def engine_options(policy: Policy, rank: int, *, memory: float, longest: int, revision: str | None) -> dict[str, Any]:
     """What `vllm.LLM` is started with: the base as the policy has it, and room for one adapter of a stack's rank.
 
     Raises `ModelError` when vLLM has no room for that rank.
@@ -88,7 +89,7 @@ def engine_options(policy: Policy, rank: int, *, memory: float, revision: str | 
         "enable_lora": True,
         "max_loras": 1,
         "max_lora_rank": next(room for room in RANKS if room >= rank),
-        "max_model_len": context(policy),
+        "max_model_len": min(longest, context(policy)),  # vLLM wants room for one sequence of this length
         "gpu_memory_utilization": memory,
         "generation_config": "vllm",  # the model's own would change the distribution
     }

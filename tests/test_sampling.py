@@ -1,15 +1,17 @@
 """Sampling: a pure function of its arguments, from the policy's own distribution."""
 
 from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from small_models import EOS, llama, tokenizer
 
-from stepwise.errors import DataError
+from stepwise.errors import DataError, ModelError
 from stepwise.policy import Policy
-from stepwise.sampling import LEG, Decoding, Prompts, sample
+from stepwise.sampling import LEG, Decoding, Prompts, Response, sample
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,25 @@ def test_equal_arguments_give_equal_responses_and_leave_the_global_stream_alone(
     assert sample(policy, PROMPTS, Decoding(12, batch_size=2, seed=3)) == first
     assert sample(policy, PROMPTS, Decoding(12, batch_size=2, seed=4)) != first
     sample(policy, PROMPTS, Decoding(2, seed=2**32 * 1_000_003))  # what a stage makes of a large seed
+
+
+def test_a_batch_that_does_not_fit_is_drawn_in_halves(policy: Policy) -> None:
+    """The room is for two rows; a response is the first token of its prompt, then what the batch's stream draws."""
+    sizes = []
+
+    def cramped(policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding, room: int = 2) -> list[Response]:
+        if len(prompts) > room:
+            raise torch.OutOfMemoryError
+        sizes.append(len(prompts))
+        return [Response([prompt[1], int(torch.randint(10**9, ()))], True) for prompt in prompts]
+
+    asked = [[1, number] for number in range(3, 14)]
+    found = sample(policy, asked, Decoding(4, batch_size=7, seed=3), generate=cramped)
+    assert [response.ids[0] for response in found] == [prompt[1] for prompt in asked]
+    assert sorted(sizes) == [1, 2, 2, 2, 2, 2] and len({response.ids[1] for response in found}) == len(asked)
+    assert sample(policy, asked, Decoding(4, batch_size=7, seed=3), generate=cramped) == found
+    with pytest.raises(ModelError, match=r"a single response.*a prompt of 2 tokens and up to 4"):
+        sample(policy, asked, Decoding(4), generate=partial(cramped, room=0))
 
 
 def test_batches_of_one_prompt_twice_are_drawn_apart(policy: Policy) -> None:

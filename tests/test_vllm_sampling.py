@@ -43,7 +43,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_greedy_responses_of_any_part_of_the_stack_are_those_of_transformers(
     vllm: type[small_vllm.LLM], base: str
 ) -> None:
-    policy, generate = stacked(base, "sft", "safe", quantization="none"), VllmGenerator(memory=0.3)
+    policy, generate = stacked(base, "sft", "safe", quantization="none"), VllmGenerator(memory=0.3, longest=128)
     policy.scale("sft", 0.5)
     seen = []
     for names in (["sft", "safe"], ["sft"], []):
@@ -61,7 +61,7 @@ def test_greedy_responses_of_any_part_of_the_stack_are_those_of_transformers(
 def test_what_is_drawn_is_a_function_of_the_seed_and_leaves_the_global_stream_alone(
     vllm: type[small_vllm.LLM], base: str
 ) -> None:
-    policy, generate = stacked(base, "safe", quantization="none"), VllmGenerator(memory=0.3)
+    policy, generate = stacked(base, "safe", quantization="none"), VllmGenerator(memory=0.3, longest=128)
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -74,12 +74,16 @@ def test_what_is_drawn_is_a_function_of_the_seed_and_leaves_the_global_stream_al
 
 def test_the_engine_has_the_base_of_the_policy_and_room_for_its_stack(base: str) -> None:
     policy = loaded(base)
-    found = engine_options(policy, 40, memory=0.3, revision="abc")
+    found = engine_options(policy, 40, memory=0.3, longest=200, revision="abc")
     assert found["model"] == base and found["revision"] == "abc" and found["dtype"] == "float32"
     assert found["quantization"] == "bitsandbytes" and found["max_lora_rank"] == 64 and found["max_model_len"] == 128
-    assert engine_options(loaded(base, quantization="none"), 8, memory=0.3, revision=None)["quantization"] is None
+    assert engine_options(policy, 8, memory=0.3, longest=40, revision=None)["max_model_len"] == 40
+    assert (
+        engine_options(loaded(base, quantization="none"), 8, memory=0.3, longest=200, revision=None)["quantization"]
+        is None
+    )
     with pytest.raises(ModelError, match="add up to 513"):
-        engine_options(policy, 513, memory=0.3, revision=None)
+        engine_options(policy, 513, memory=0.3, longest=200, revision=None)
 
 
 def test_decoding_is_told_in_words_of_vllm() -> None:
@@ -135,5 +139,5 @@ def test_an_engine_that_cannot_start_is_told_in_one_line(
     policy: Policy = loaded(base, quantization="none")
     monkeypatch.setattr(policy.model, "name_or_path", "nowhere/to-be-found")
     with pytest.raises(ModelError, match="OSError: nowhere/to-be-found is not a local folder") as told:
-        sample(policy, PROMPTS, GREEDY, generate=VllmGenerator(memory=0.3))
+        sample(policy, PROMPTS, GREEDY, generate=VllmGenerator(memory=0.3, longest=128))
     assert "and more lines" not in str(told.value) and "sampling.vllm.memory" in str(told.value)
