@@ -57,7 +57,7 @@ class RunFolder:
         else:
             checkpoint.write_text(owned, dump_yaml(recipe))
             checkpoint.write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
-        for folder in [self.path, *(p for p in self.path.rglob("*") if p.is_dir())]:
+        for folder in _free(self.path):
             checkpoint.sweep(folder)
 
     def _refuse_strangers(self) -> None:
@@ -134,6 +134,14 @@ def chosen_scale(folder: RunFolder) -> float | None:
             "The certificate of the run is damaged", where=path, wanted="the file that `stepwise run` wrote"
         ) from error
     return found
+
+
+def _free(folder: Path) -> Iterator[Path]:
+    """This folder, and those below in which no other process works: an evaluation of the run may be under way."""
+    yield folder
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and not child.is_symlink() and not checkpoint.held(child):
+            yield from _free(child)
 
 
 def labels(paths: Sequence[Path]) -> list[str]:

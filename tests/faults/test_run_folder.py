@@ -188,6 +188,17 @@ def test_what_killed_processes_left_anywhere_in_a_run_is_swept(new: Run) -> None
     assert [p for p in new.output.rglob(".*") if p.name != ".lock"] == []
 
 
+def test_what_another_process_is_writing_below_a_run_is_left_alone(new: Run) -> None:
+    new(new.until("second", 1, signal.SIGKILL))
+    half = new.output / "evaluations" / "other" / ".tmp-samples-1" / "half"
+    half.parent.mkdir(parents=True)
+    half.write_text("under way")
+    with checkpoint.exclusive(new.output / "evaluations" / "other"):
+        ended, said = new()
+        assert ended.code == 0, said
+        assert half.read_text() == "under way"
+
+
 def test_a_second_command_on_the_same_run_is_refused_and_harms_nothing(new: Run, finished: dict[str, object]) -> None:
     second: list[tuple[Ended, str]] = []
 
