@@ -39,8 +39,8 @@ VARIANTS = [f"{loss}-{kind}" for kind in LOADING for loss in ("dpo", "rsa")]
 Step = Callable[[], float]
 
 
-def save_model(folder: Path) -> None:
-    """A random Llama of 15 million parameters with a tokenizer of as many words as it has embeddings."""
+def save_model(folder: Path, vocabulary: int = VOCABULARY) -> None:
+    """A random Llama, of 15 million parameters over 32,000 tokens, with a tokenizer of as many words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
@@ -48,7 +48,7 @@ def save_model(folder: Path) -> None:
     logging.disable_progress_bar()
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=WIDTH,
         intermediate_size=768,
         num_hidden_layers=6,
@@ -64,7 +64,7 @@ def save_model(folder: Path) -> None:
     spread = 3.0  # standard deviation of the logits
     model.model.norm.weight.data.fill_(spread / (config.initializer_range * WIDTH**0.5))
     model.save_pretrained(folder)
-    words = {"<pad>": 0, "<s>": 1, "</s>": EOS, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    words = {"<pad>": 0, "<s>": 1, "</s>": EOS, **{f"w{i}": i for i in range(3, vocabulary)}}
     core = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

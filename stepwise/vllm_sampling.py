@@ -1,4 +1,6 @@
-"""Episodes drawn by vLLM, an optional extra behind `stepwise.sampling.sample`. Not exercised on a GPU by us.
+"""Episodes drawn by vLLM, an optional extra behind `stepwise.sampling.sample`.
+
+Run with vLLM 0.32 on CPUs (`benchmarks/vllm_engine.py`); on no GPU yet, hence not on 4-bit weights.
 
 vLLM holds a base of its own, quantised as the policy's is, beside the one that trains. Before it draws, the active
 stack of adapters is handed over as one LoRA (`Policy.save_stack`, exact) under a number that was never used before, so
@@ -14,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import tempfile
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -128,6 +131,6 @@ def _started(options: dict[str, Any]) -> Any:
     try:
         return vllm.LLM(**options)
     except Exception as error:  # whatever a foreign engine raises
-        told = f"{type(error).__name__}: {error}".splitlines()[0]
-        wanted = "a GPU with that share of its memory free (sampling.vllm.memory), a model that vLLM knows"
+        told = textwrap.shorten(f"{type(error).__name__}: {error}", 300)  # the reason may be in a later line
+        wanted = "a device with that share of its memory free (sampling.vllm.memory), a model that vLLM knows there"
         raise ModelError("vLLM cannot start", where=options["model"], got=told, wanted=wanted) from error
