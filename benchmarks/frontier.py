@@ -178,7 +178,12 @@ def train(recipe: Recipe, folder: Path) -> None:
 
 def _copy_shared(recipe: Recipe, other: Recipe, folder: Path, source: Path) -> None:
     ours, theirs = list(recipe.stages.items()), list(other.stages.items())
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False)))
+    alike = recipe.constraints == other.constraints  # else a stage with a multiplier is another stage
+
+    def equal(pair: tuple[tuple[str, Any], tuple[str, Any]]) -> bool:
+        return pair[0] == pair[1] and (alike or getattr(pair[0][1], "multiplier", None) is None)
+
+    same = sum(1 for _ in itertools.takewhile(equal, zip(ours, theirs, strict=False)))
     parts = [f"stages/{n:02d}-{name}/adapter" for n, (name, _) in enumerate(ours[:same], 1)]
     if same < min(len(ours), len(theirs)) and _asks_alike(ours[same], theirs[same]):
         parts.append(f"stages/{same + 1:02d}-{ours[same][0]}/round-1/pairs")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
-from stepwise import checkpoint, judge_targets, vllm_sampling
+from stepwise import checkpoint, judge_targets, tracking, vllm_sampling
 from stepwise.constraints.selection import Selection
 from stepwise.data import Source, load
 from stepwise.display import Display
@@ -59,7 +58,7 @@ def _run_in(path: Path, recipe: Recipe, display: Display | None, *, anew: bool) 
         folder = RunFolder(path)
         folder.claim(recipe)
         display.keep = folder.keep_warning
-        with folder.outcome():
+        with folder.outcome(), tracking.tracked(recipe, folder, warn=display.warn):
             return _run(recipe, folder, display, anew=anew)
 
 
@@ -71,7 +70,6 @@ def _quieten() -> None:
 
 def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> list[Estimate]:
     display.say(f"[bold]{recipe.name}[/bold] in {folder.path}")
-    _check_report_to(recipe)
     for scorer in _scorers(recipe):
         check(scorer)
     for stage in recipe.stages.values():
@@ -105,13 +103,6 @@ def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> 
     if selection is not None and selection.chosen is None:
         raise _uncertified(folder, selection)
     return estimates
-
-
-def _check_report_to(recipe: Recipe) -> None:
-    for name in recipe.report_to:
-        if not any(importlib.util.find_spec(package) for package in (name, f"{name}X")):  # tensorboardX will do
-            wanted = f"`pip install {name}`; or no {name} there: log.jsonl has every number"
-            raise ConfigError(f"{name} is not installed", where="report_to", wanted=wanted)
 
 
 def _uncertified(folder: RunFolder, selection: Selection) -> Uncertified:

@@ -186,7 +186,7 @@ class Recipe(Part):
     training: Training = Field(default=Training(), description="optimisation of every stage")
     report_to: Annotated[
         tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False), AfterValidator(unique)
-    ] = Field(default=(), description="where the log goes besides log.jsonl")
+    ] = Field(default=(), description="where every line of log.jsonl goes too")
     stages: Annotated[dict[StageName, Stage], Field(min_length=1, max_length=20), AfterValidator(check_stages)] = Field(
         description="name: stage, in order; a name is a lower-case letter, then letters, digits, _ and -"
     )

@@ -4,6 +4,7 @@ runs/<name>/
   recipe.yaml  environment.json  log.jsonl
   sandbox/  cache/                                  built once
   stages/01-sft/{data.json, round-1/{pairs/, costs/, checkpoints/, adapter/}, adapter/, metrics.json}
+  tensorboard/                                      where report_to asks for it
   samples/<policy>.parquet  metrics.json  winrates.json  report.html
   evaluations/<name>/{about.json, samples/<policy>.parquet, metrics.json}   on prompts given later
   exports/merged-q<strength>/                       models that were served
@@ -16,7 +17,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -174,11 +175,12 @@ def _now() -> str:
 class Log:
     """`log.jsonl`: one object per line; a resumed stage replaces the lines that the lost steps had written.
 
-    Of several processes only one may write it.
+    Of several processes only one may write it. `also` is handed every line that was written.
     """
 
     def __init__(self, path: Path, *, written: bool = True) -> None:
         self.path, self.written = path, written
+        self.also: Callable[[Mapping[str, Any]], None] | None = None
 
     def lines(self) -> list[dict[str, Any]]:
         """All whole lines; one cut off by a crash is left out."""
@@ -208,6 +210,8 @@ class Log:
             handle.write(json.dumps(line) + "\n")
             handle.flush()
             os.fsync(handle.fileno())
+        if self.also is not None:
+            self.also(line)
 
 
 def environment() -> dict[str, Any]:

@@ -206,5 +206,4 @@ def training_of(recipe: Recipe, name: str, seed: int) -> Training:
         log_every=part.log_every,
         keep=part.keep,
         seed=seed,
-        report_to=recipe.report_to,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -74,7 +74,6 @@ class Training:
     log_every: int = 10
     keep: int = 2
     seed: int = 0
-    report_to: Sequence[str] = field(default_factory=list)
 
 
 def train(
@@ -388,7 +387,7 @@ def _arguments(training: Training, folder: Path) -> TrainingArguments:
         logging_steps=training.log_every,
         logging_nan_inf_filter=False,
         seed=training.seed,
-        report_to=list(training.report_to),
+        report_to="none",  # the log of the run goes there whole
         remove_unused_columns=False,
         accelerator_config={"even_batches": False},  # would show the first rows twice; `Passes` are even
         use_cpu=not torch.cuda.is_available(),  # else several processes without GPUs would not know of each other

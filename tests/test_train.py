@@ -220,7 +220,7 @@ OTHER = {
     "seed": 7,
 }
 FILES = {"save_every": 1, "log_every": 2, "keep": 1}
-SAME = {"micro_batch": 4, "report_to": []}  # the first is shown to change nothing above, the second is the Trainer's
+SAME = {"micro_batch": 4}  # shown to change nothing above
 
 
 def test_every_setting_of_a_training_is_tried_here() -> None:
