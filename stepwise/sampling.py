@@ -94,15 +94,20 @@ def sample(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     chunks = [by_length[start : start + decoding.batch_size] for start in range(0, len(prompts), decoding.batch_size)]
 
+    fits = decoding.batch_size  # what did not fit is not tried again: the prompts only get longer
+
     def draw(number: int, chunk: list[int], half: int = 1) -> list[Response]:
-        try:
-            with _random_stream(policy.device, decoding.seed, decoding.stream + number, half):
-                return (generate or _generate)(policy, [prompts[i] for i in chunk], decoding)
-        except torch.OutOfMemoryError as error:
-            if len(chunk) == 1:
-                raise _too_long(prompts[chunk[0]], decoding) from error
-        torch.cuda.empty_cache()  # what the error held is free by now
+        nonlocal fits
         middle = len(chunk) // 2
+        if len(chunk) <= fits:
+            try:
+                with _random_stream(policy.device, decoding.seed, decoding.stream + number, half):
+                    return (generate or _generate)(policy, [prompts[i] for i in chunk], decoding)
+            except torch.OutOfMemoryError as error:
+                if len(chunk) == 1:
+                    raise _too_long(prompts[chunk[0]], decoding) from error
+            torch.cuda.empty_cache()  # what the error held is free by now
+            fits = len(chunk) - middle
         return draw(number, chunk[:middle], 2 * half) + draw(number, chunk[middle:], 2 * half + 1)
 
     kept: list[Any] | Part = []

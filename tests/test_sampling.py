@@ -39,10 +39,11 @@ def test_equal_arguments_give_equal_responses_and_leave_the_global_stream_alone(
 
 def test_a_batch_that_does_not_fit_is_drawn_in_halves(policy: Policy) -> None:
     """The room is for two rows; a response is the first token of its prompt, then what the batch's stream draws."""
-    sizes = []
+    sizes, refused = [], []
 
     def cramped(policy: Policy, prompts: Sequence[Sequence[int]], decoding: Decoding, room: int = 2) -> list[Response]:
         if len(prompts) > room:
+            refused.append(len(prompts))
             raise torch.OutOfMemoryError
         sizes.append(len(prompts))
         return [Response([prompt[1], int(torch.randint(10**9, ()))], True) for prompt in prompts]
@@ -51,6 +52,7 @@ def test_a_batch_that_does_not_fit_is_drawn_in_halves(policy: Policy) -> None:
     found = sample(policy, asked, Decoding(4, batch_size=7, seed=3), generate=cramped)
     assert [response.ids[0] for response in found] == [prompt[1] for prompt in asked]
     assert sorted(sizes) == [1, 2, 2, 2, 2, 2] and len({response.ids[1] for response in found}) == len(asked)
+    assert refused == [7, 3]  # what is known not to fit is halved at once
     assert sample(policy, asked, Decoding(4, batch_size=7, seed=3), generate=cramped) == found
     with pytest.raises(ModelError, match=r"a single response.*a prompt of 2 tokens and up to 4"):
         sample(policy, asked, Decoding(4), generate=partial(cramped, room=0))
