@@ -23,7 +23,7 @@ from stepwise.encoding import tokenize_prompts, tokenize_texts
 from stepwise.errors import CheckpointError, ConfigError
 from stepwise.evaluation import Estimate
 from stepwise.measure import Subject, anchor_of, measure
-from stepwise.policy import Policy
+from stepwise.policy import Policy, Quantization
 from stepwise.recipe import Evaluate, Recipe, read_evaluate
 from stepwise.recipe_parts import Data
 from stepwise.run_folder import RunFolder, chosen_scale
@@ -49,6 +49,7 @@ class Request:
     output: Path
     seed: int
     template: str | None
+    quantization: Quantization | None
 
     @property
     def folders(self) -> list[Path]:
@@ -65,6 +66,7 @@ def request(
     output: Path | None = None,
     seed: int | None = None,
     template: str | None = None,
+    quantization: Quantization | None = None,
 ) -> Request:
     """One evaluation per file of prompts. `overrides` are keys of a recipe's `evaluate:`, as `samples=8`.
 
@@ -77,6 +79,10 @@ def request(
         pipeline.refuse_unfinished(folder, recipe)
         if template is not None:
             raise ConfigError("The template of a run is in its recipe", got=template, wanted="no --template")
+        if quantization is not None:
+            raise ConfigError(
+                "The quantization of a run is in its recipe", got=quantization, wanted="no --quantization"
+            )
     base = {} if recipe is None or recipe.evaluate is None else recipe.evaluate.model_dump(mode="json")
     base = {key: value for key, value in base.items() if key not in _NOT_INHERITED and value is not None}
     if any(text.startswith(("rewards.", "costs.")) for text in overrides):
@@ -93,7 +99,8 @@ def request(
     if output is None:
         output = Path(FOLDER) / _slug(model) if folder is None else folder.path / FOLDER
     seed = seed if seed is not None else 0 if recipe is None else recipe.seed
-    return Request(model, recipe, parts, output, seed, template if recipe is None else recipe.model.template)
+    template = template if recipe is None else recipe.model.template
+    return Request(model, recipe, parts, output, seed, template, quantization)
 
 
 def evaluate_on(asked: Request, *, display: Display | None = None) -> dict[str, list[Estimate]]:
@@ -145,7 +152,7 @@ def _texts(asked: Request, data: Data, policy: Policy) -> Tokens:
 
 
 def _subject(asked: Request) -> Subject:
-    policy = pipeline.open_policy(asked.model)
+    policy = pipeline.open_policy(asked.model, quantization=asked.quantization)
     if asked.recipe is None:
         return Subject(policy)
     scale = chosen_scale(RunFolder(Path(asked.model)))

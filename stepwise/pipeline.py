@@ -24,7 +24,7 @@ from stepwise.game_stage import run_game_stage
 from stepwise.ledger import Ledger
 from stepwise.measure import evaluate
 from stepwise.pairing import sample_pairs, write_pairs
-from stepwise.policy import Policy
+from stepwise.policy import Policy, Quantization
 from stepwise.policy_gradient_stage import run_policy_gradient_stage
 from stepwise.recipe import EpisodesStage, GameStage, Recipe, RsaStage, ScorerStage
 from stepwise.recipe_scorers import Spec
@@ -187,6 +187,7 @@ def make_pairs(
     prefer: Literal["lower", "higher"],
     samples: int,
     output: Path,
+    quantization: Quantization | None = None,
 ) -> int:
     """Sample from a model or a run, score, and write a `preference` dataset to `output`; return the number of pairs.
 
@@ -195,7 +196,7 @@ def make_pairs(
     """
     if output.exists():
         raise ConfigError("The file of pairs exists already", where=output, wanted="a new file")
-    policy = open_policy(model)
+    policy = open_policy(model, quantization=quantization)
     loaded = load(data)
     longest = context(policy) - decoding.max_new_tokens
     tokens = tokenize_prompts(loaded.rows, policy.tokenizer, template=None, max_prompt_length=longest)
@@ -217,12 +218,18 @@ def make_pairs(
     return len(pairs)
 
 
-def open_policy(model: str) -> Policy:
-    """A model (hub id or folder) as it is, or the whole stack of a finished run, at its certified strength if any."""
+def open_policy(model: str, *, quantization: Quantization | None = None) -> Policy:
+    """A model (hub id or folder) as it is, or the whole stack of a finished run, at its certified strength if any.
+
+    quantization: of a model's weights, "none" if absent. Raises `ConfigError` when it is asked of a run, whose recipe
+    says it.
+    """
     _quieten()
     if not (Path(model) / "recipe.yaml").is_file():
         dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        return Policy.load(model, quantization="none", dtype=dtype)
+        return Policy.load(model, quantization=quantization or "none", dtype=dtype)
+    if quantization is not None:
+        raise ConfigError("The quantization of a run is in its recipe", got=quantization, wanted="no --quantization")
     folder = RunFolder(Path(model))
     work = Workspace(folder.recipe(), folder, Display(quiet=True))
     for number, name in enumerate(work.recipe.stages, 1):

@@ -30,6 +30,7 @@ from stepwise.stacking import Lora, concatenated, merged
 from stepwise.token_stats import head_of, token_stats
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+Quantization = Literal["nf4", "none"]
 
 
 class Policy:
@@ -55,7 +56,7 @@ class Policy:
         cls,
         base: str,
         *,
-        quantization: Literal["nf4", "none"] = "nf4",
+        quantization: Quantization = "nf4",
         dtype: torch.dtype = torch.bfloat16,
         attention: str = "sdpa",
         revision: str | None = None,

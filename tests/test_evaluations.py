@@ -177,6 +177,10 @@ def test_the_command_says_it_all_in_options(model: Path, tmp_path: Path, monkeyp
     assert folder.parts[0] == "evaluations"
     assert len(table(folder)["prompt"]) == 12
     assert told["metrics"]["mine"] == json.loads((folder / "metrics.json").read_text())
+    done = call(str(model), *options, "--name", "small", "--quantization", "nf4", "--json")
+    assert done.exit_code == 0, done.output
+    hashes = [json.loads((folder.parent / n / "about.json").read_text())["model_sha256"] for n in ("mine", "small")]
+    assert hashes[0] != hashes[1]  # other weights answered
     wrong = call(str(model), "--samples", "3")
     assert wrong.exit_code == 2
     assert "--prompts FILE" in wrong.stderr

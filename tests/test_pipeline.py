@@ -240,6 +240,10 @@ def test_pairs_are_sampled_from_a_run_scored_and_ordered(finished: Path, tmp_pat
     assert len(rows) == made > 0
     assert all(row["chosen_score"] > row["rejected_score"] for row in rows)
     tokenizer = pipeline.open_policy(str(finished)).tokenizer
+    with pytest.raises(ConfigError, match="quantization of a run is in its recipe"):
+        pipeline.open_policy(str(finished), quantization="nf4")
+    small = pipeline.open_policy(str(finished / "sandbox" / "base"), quantization="nf4")
+    assert count_linear_4bit(small.model) > 0
     assert all(tokenizer.decode(row["chosen_ids"], skip_special_tokens=True) == row["chosen"] for row in rows)
 
 

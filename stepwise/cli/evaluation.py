@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -32,6 +32,9 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(min=1, help="Responses per prompt.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampling.")] = None,
     template: Annotated[str | None, typer.Option(help="Of a model: chat, or a text around {prompt}.")] = None,
+    quantization: Annotated[
+        Literal["nf4", "none"] | None, typer.Option(help="Of a model's weights; none if absent.", show_default=False)
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Of the evaluation; the file's name if absent.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of evaluations; RUN/evaluations or evaluations/MODEL if absent.")
@@ -43,13 +46,22 @@ def evaluate(
     overrides += [] if policies is None else [f"policies=[{policies}]"]
     overrides += [] if samples is None else [f"samples={samples}"]
     if not prompts:
-        if overrides or any(value is not None for value in (seed, template, name, output)):
+        if overrides or any(value is not None for value in (seed, template, quantization, name, output)):
             raise ConfigError("These options say how to evaluate on other prompts", wanted="--prompts FILE")
         _again(Path(model))
         return
     from stepwise import evaluations
 
-    asked = evaluations.request(model, prompts, overrides, name=name, output=output, seed=seed, template=template)
+    asked = evaluations.request(
+        model,
+        prompts,
+        overrides,
+        name=name,
+        output=output,
+        seed=seed,
+        template=template,
+        quantization=quantization,
+    )
     told = ", ".join(str(folder) for folder in asked.folders)
     with going_on(lambda: f"{told}: every finished batch"):
         evaluations.evaluate_on(asked, display=display())

@@ -30,6 +30,9 @@ def pairs(
     temperature: Annotated[float, typer.Option(min=1e-6, help="Sampling temperature.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Responses generated at once.")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
+    quantization: Annotated[
+        Literal["nf4", "none"] | None, typer.Option(help="Of a model's weights; none if absent.", show_default=False)
+    ] = None,
 ) -> None:
     """Make a preference dataset: sample responses, score them, pair the best with the worst of a prompt."""
     from stepwise import pipeline
@@ -45,6 +48,7 @@ def pairs(
             prefer=prefer,
             samples=samples,
             output=output,
+            quantization=quantization,
         )
     show(f"{output}: {made} pairs", {"path": str(output), "pairs": made})
 
