@@ -31,7 +31,7 @@ ASCENT = {"kind": "dual_ascent", "lr": 0.1, "warmup": 2, "every": 5, "min": 0.01
 
 def recipe_of(tree: dict[str, Any], place: Path, first: float, ascent: dict[str, Any] | None, limit: float) -> Recipe:
     """The stages of a frontier arm, its safe stage at a first lambda that stays or is moved."""
-    stages = arm_stages(tree["stages"], "cvar:1", place / "mixed.jsonl")
+    stages = arm_stages(tree["stages"], "cvar:1", place)
     safe = {key: value for key, value in stages["safe"].items() if key not in ("beta", "alpha", "risk", "pair_risk")}
     safe["on_policy"] |= {"scorer": "stepwise.sandbox:cost"}
     stages["safe"] = {**safe, **STAGE, "lambda": first} | ({} if ascent is None else {"multiplier": ascent})

@@ -9,8 +9,9 @@ stage alone (or have no such stage: `one-stage`; or have it first: `reversed`). 
 policy that all share and are copied too. Then the last adapter is scaled by q and the policy sampled on held-out
 prompts, once per scale; what is sampled is kept, and the same call goes on where an earlier one stopped.
 
-An arm is <token risk>[-offline|-unweighted]:<beta>. Offline pairs are those of the data with the label `safer`; pairs
-that are sampled carry the weights of `pair_risk`, CVaR 0.2 of the cost of the rejected one, unless they are unweighted.
+An arm is <token risk>[-offline|-unweighted]:<beta>. Offline pairs are those of the data with the label `safer`, and of
+the stories, which have no labels, those that the base samples; pairs that are sampled from the policy carry the weights
+of `pair_risk`, CVaR 0.2 of the cost of the rejected one, unless they are unweighted.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from stepwise import checkpoint, pipeline
+from stepwise.data import Source
 from stepwise.display import Display
 from stepwise.measure import Subject, anchor_of, measure
 from stepwise.recipe import Evaluate, Recipe, dump_yaml, load
 from stepwise.run_folder import RunFolder
+from stepwise.sampling import Decoding
 from stepwise.workspace import Workspace
 
 Stages = dict[str, dict[str, Any]]
@@ -48,6 +51,7 @@ ARMS = [
     *("cvar-offline:0.05", "sacpo-offline:0.05", "cvar-unweighted:0.05", "mean-unweighted:0.05"),
     *("cvar:0.5", "mean:0.5", "sacpo:0.05"),
 ]
+MIXED, FROM_BASE = "mixed.jsonl", "from_base.jsonl"
 OFFLINE = 800  # labelled pairs: as many updates as 400 of sampled ones in two epochs
 QUIET = Display(silent=True)
 
@@ -125,8 +129,8 @@ def afinn_cost(prompts: list[str], completions: list[str], **columns: Any) -> li
     return [sum(found) / max(len(found), 1) for found in weights]
 
 
-def arm_stages(shared: Stages, arm: str, mixed: Path) -> Stages:
-    """The stages of an arm, by those of its world."""
+def arm_stages(shared: Stages, arm: str, place: Path) -> Stages:
+    """The stages of an arm, by those of its world; `place` has the pairs that only an arm needs."""
     method, _, beta = arm.partition(":")
     before = {name: stage for name, stage in shared.items() if name not in ("helpful", "safe")}
     if method == "helpful":
@@ -135,7 +139,7 @@ def arm_stages(shared: Stages, arm: str, mixed: Path) -> Stages:
     labels = {"path": "sandbox:pairs", "format": "pku-safe-rlhf"}
     if method == "one-stage":
         dpo = {"method": "rsa", "beta": float(beta), "alpha": 0.0, "risk": {"measure": "mean"}}
-        return {**before, "mixed": {**dpo, "data": {"path": str(mixed), "format": "preference"}}}
+        return {**before, "mixed": {**dpo, "data": {"path": str(place / MIXED), "format": "preference"}}}
     if method == "reversed":
         scorer = {"scorer": "stepwise.sandbox:reward", "prefer": "higher"}
         first = {**shared["helpful"], "data": {**labels, "label": "safer"}}
@@ -147,11 +151,13 @@ def arm_stages(shared: Stages, arm: str, mixed: Path) -> Stages:
     if how == "unweighted":
         safe.pop("pair_risk", None)  # the stories have none
     if how == "offline":
+        sandbox = safe["data"]["path"].startswith("sandbox:")
         safe = {k: v for k, v in safe.items() if k != "on_policy"}
-        safe |= {
-            "data": {**labels, "label": "safer", "limit": OFFLINE},
-            "training": {**safe["training"], "epochs": 1.0},
-        }
+        if sandbox:
+            training = {**safe["training"], "epochs": 1.0}
+            safe |= {"data": {**labels, "label": "safer", "limit": OFFLINE}, "training": training}
+        else:
+            safe["data"] = {"path": str(place / FROM_BASE), "format": "preference"}
     return {**before, "helpful": shared["helpful"], "safe": safe}
 
 
@@ -164,6 +170,22 @@ def write_mixed(pairs: Path, path: Path) -> None:
         sides = {"chosen": row[f"response_{label}"], "rejected": row[f"response_{1 - label}"]}
         rows.append(json.dumps({"prompt": row["prompt"], **sides}) + "\n")
     checkpoint.write_text(path, "".join(rows))
+
+
+def pairs_of_base(tree: Mapping[str, Any], path: Path) -> None:
+    """As many pairs as the safe stage makes, of the same prompts and by the same cost, but of the base's responses."""
+    safe = tree["stages"]["safe"]
+    how = safe["on_policy"]
+    pipeline.make_pairs(
+        tree["model"]["base"],
+        Source(safe["data"]["path"], "prompts", limit=safe["data"]["limit"]),
+        Decoding(how["max_new_tokens"], batch_size=256, seed=tree["seed"]),
+        scorer=how["scorer"],
+        prefer=how["prefer"],
+        samples=how["samples"],
+        output=path,
+        quantization=tree["model"]["quantization"],
+    )
 
 
 def train(recipe: Recipe, folder: Path) -> None:
@@ -213,7 +235,9 @@ def walk(recipe: Recipe, part: Evaluate, folder: Path, scales: Sequence[float]) 
 
 def run_arm(tree: Mapping[str, Any], arm: str, place: Path, scales: Sequence[float]) -> None:
     """Train an arm in a folder of its own under `place`, and sample it at every scale."""
-    stages = arm_stages(tree["stages"], arm, place / "mixed.jsonl")
+    if "-offline" in arm and "sandbox" not in tree and not (place / FROM_BASE).exists():
+        pairs_of_base(tree, place / FROM_BASE)
+    stages = arm_stages(tree["stages"], arm, place)
     recipe = Recipe.model_validate({**tree, "evaluate": None, "stages": stages})
     folder = place / arm.replace(":", "-")
     scales = [1.0] if arm == "helpful" else scales
@@ -222,7 +246,7 @@ def run_arm(tree: Mapping[str, Any], arm: str, place: Path, scales: Sequence[flo
     train(recipe, folder)
     walk(recipe, Evaluate.model_validate(tree["evaluate"]), folder, scales)
     if arm == "helpful" and recipe.sandbox:
-        write_mixed(folder / "sandbox" / "pairs.jsonl", place / "mixed.jsonl")
+        write_mixed(folder / "sandbox" / "pairs.jsonl", place / MIXED)
 
 
 def main() -> None:
