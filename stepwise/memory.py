@@ -196,6 +196,16 @@ def token_stats(decoder: Decoder, batch: Batch, setting: Setting, *, measures: S
     return 2 * logits + cast + _BLOCKS_ON_CPU * block
 
 
+def log_probs(decoder: Decoder, batch: Batch, setting: Setting) -> int:
+    """Working set of `log_probs`: the logits of C of N tokens, C V float32, as much again for their softmax (a block of
+    it on a CPU), and below float32 the slopes, cast for the product with the head, C V b."""
+    chunk = max(16, CHUNK_ELEMENTS[setting.device] // decoder.vocabulary // 16 * 16)
+    logits = _FLOAT32 * min(chunk, batch.responses) * decoder.vocabulary
+    cast = 0 if setting.dtype_bytes == _FLOAT32 else logits * setting.dtype_bytes // _FLOAT32
+    block = _FLOAT32 * min(max(BLOCK_ELEMENTS, decoder.vocabulary), logits // _FLOAT32)
+    return logits + cast + (logits if setting.device == "cuda" else block)
+
+
 def backward(decoder: Decoder, batch: Batch, setting: Setting, *, adapter_floats: int, largest_quantised: int) -> int:
     """Working set of one layer on the way back: the gradients of the feed-forward part, 3 b I a token, of the residual
     stream, 2 * 4H, the largest 4-bit matrix, dequantised, and with checkpointing what the layer saves when rebuilt."""

@@ -255,8 +255,8 @@ def _named(risk: Risk | None) -> str:
     return " ".join(f"{value}" for _, value in risk or () if not isinstance(value, tuple))
 
 
-def _measures(stage: AnyStage) -> list[str]:
-    if not isinstance(stage, RsaStage) or stage.risk is None:
+def _measures(stage: RsaStage) -> list[str]:
+    if stage.risk is None:
         return ["mean"]
     return [part.measure for part in stage.risk.parts] if isinstance(stage.risk, MixtureRisk) else [stage.risk.measure]
 
@@ -298,16 +298,21 @@ class _Bytes:
         saved = memory.adapter_floats(inputs, rank=lora.rank, dtype_bytes=setting.dtype_bytes)
         hidden = memory.hidden_states(decoder, batch, setting)
         stage = self.recipe.stages[name]
-        scores = isinstance(stage, ScorerStage)  # one number per text: no reference, no vocabulary
+        compared = isinstance(stage, RsaStage)  # with a reference, token by token
+        vocabulary = 0  # a cost or reward model has one number per text
+        if isinstance(stage, RsaStage):
+            vocabulary = memory.token_stats(decoder, batch, setting, measures=_measures(stage))
+        elif not isinstance(stage, ScorerStage):
+            vocabulary = memory.log_probs(decoder, batch, setting)
         return TrainingMemory(
             base=self._base(),
             adapters=self._adapters(name),
             gradients=memory.gradients(trainable),
             moments=memory.adam_moments(trainable),
             activations=memory.activations(decoder, batch, setting, adapter_floats=saved),
-            reference_hidden=0 if scores else hidden,
-            policy_hidden=3 * hidden,  # its own, and the slopes of log-probability and risk
-            token_stats=0 if scores else memory.token_stats(decoder, batch, setting, measures=_measures(stage)),
+            reference_hidden=hidden if compared else 0,
+            policy_hidden=(3 if compared else 2) * hidden,  # its own, and the slopes of log-probability and of risk
+            token_stats=vocabulary,
             backward=memory.backward(
                 decoder, batch, setting, adapter_floats=saved, largest_quantised=self._largest_4bit
             ),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from stepwise.ledger import Ledger, resumed
+from stepwise.log_probs import log_probs
 from stepwise.policy import Policy
 from stepwise.risk import Mean
 from stepwise.sampling import Answers, Decoding, Prompts, answer, fingerprint
@@ -123,7 +124,7 @@ def _distances(
     labels, sequence = ids[:, 1:][keep], keep.nonzero()[:, 0]
     # The outcome space is the policy's own: its hidden states stand where a loss has the reference's.
     kl = token_stats(anchored, own, policy.head, labels, risk=Mean()).kl
-    nll = -token_stats(base, own, policy.head, labels, risk=Mean()).log_prob
+    nll = -log_probs(base, policy.head, labels)
     kl_B, nll_B = (torch.zeros(len(rows), device=kl.device).index_add(0, sequence, v) for v in (kl, nll))
     count = torch.bincount(sequence, minlength=len(rows)).clamp(min=1)
     return list(zip(kl_B.tolist(), (nll_B / count).tolist(), strict=True))

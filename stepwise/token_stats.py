@@ -130,7 +130,7 @@ def token_stats(
     frozen = Head.of(head)
     _check(policy_hidden_NH, reference_hidden_NH, frozen.weight, labels_N)
     if chunk is None:
-        chunk = max(16, CHUNK_ELEMENTS.get(labels_N.device.type, 32 << 20) // len(frozen.weight) // 16 * 16)
+        chunk = chunk_of(frozen.weight)
     elif chunk < 1:
         raise ModelError("a chunk holds at least one token", where="token_stats", got=chunk, wanted="at least 1 token")
     if not torch.is_grad_enabled():  # a Function's needs_input_grad does not look at the grad mode
@@ -158,7 +158,7 @@ class _TokenStats(torch.autograd.Function):
                 policy_CV, reference_CV = policy_buffer_CV[: len(labels_C)], reference_buffer_CV[: len(labels_C)]
                 head.write_logits(policy_NH[part], policy_CV)
                 head.write_logits(reference_NH[part], reference_CV)
-                for rows in _blocks(policy_CV):
+                for rows in blocks(policy_CV):
                     block = policy_CV[rows], reference_CV[rows], labels_C[rows], risk
                     stats_4R = _stats(*block) if slopes_2NH is None else _stats_then_slopes(*block, head.softcap)
                     stats_4N[:, part][:, rows] = stats_4R
@@ -182,7 +182,12 @@ class _TokenStats(torch.autograd.Function):
         return grad_NH, None, None, None, None, None
 
 
-def _blocks(logits_CV: Tensor) -> list[slice]:
+def chunk_of(weight_VH: Tensor) -> int:
+    """Tokens whose logits exist at a time."""
+    return max(16, CHUNK_ELEMENTS.get(weight_VH.device.type, 32 << 20) // len(weight_VH) // 16 * 16)
+
+
+def blocks(logits_CV: Tensor) -> list[slice]:
     """Rows that fit the cache on a CPU; the whole chunk on an accelerator, where fewer kernels are faster."""
     count, vocab = logits_CV.shape
     rows = max(1, BLOCK_ELEMENTS // vocab) if logits_CV.device.type == "cpu" else count
@@ -193,7 +198,7 @@ def _stats(policy_RV: Tensor, reference_RV: Tensor, labels_R: Tensor, risk: Risk
     """The four statistics of a block, (4, R), from the logits."""
     log_pi_RV, log_ref_RV, x_RV = _losses(policy_RV, reference_RV)
     kl_R, risk_R = Mean()(x_RV, log_ref_RV), risk(x_RV, log_ref_RV)
-    return torch.stack([_at(log_pi_RV, labels_R), _at(log_ref_RV, labels_R), risk_R, kl_R])
+    return torch.stack([at(log_pi_RV, labels_R), at(log_ref_RV, labels_R), risk_R, kl_R])
 
 
 def _stats_then_slopes(
@@ -205,7 +210,7 @@ def _stats_then_slopes(
     with torch.enable_grad():  # one call gives the value and, as its gradient, the tilt
         risk_R = risk(x_RV.requires_grad_(), log_ref_RV)
         (tilt_RV,) = torch.autograd.grad(risk_R.sum(), x_RV)
-    stats_4R = torch.stack([_at(log_pi_RV, labels_R), _at(log_ref_RV, labels_R), risk_R.detach(), kl_R])
+    stats_4R = torch.stack([at(log_pi_RV, labels_R), at(log_ref_RV, labels_R), risk_R.detach(), kl_R])
 
     through_cap_RV = None if softcap is None else 1 - (policy_RV / softcap) ** 2
     torch.softmax(policy_RV, -1, out=log_pi_RV)
@@ -224,7 +229,8 @@ def _losses(policy_RV: Tensor, reference_RV: Tensor) -> tuple[Tensor, Tensor, Te
     return log_pi_RV, log_ref_RV, log_ref_RV - log_pi_RV
 
 
-def _at(log_prob_RV: Tensor, labels_R: Tensor) -> Tensor:
+def at(log_prob_RV: Tensor, labels_R: Tensor) -> Tensor:
+    """The log-probability of each row's label."""
     return log_prob_RV.gather(-1, labels_R.unsqueeze(-1)).squeeze(-1)
 
 

@@ -71,6 +71,16 @@ def test_token_stats_holds_a_chunk_of_logits_however_many_tokens_there_are() -> 
     assert few < many == more < 2 * 4_000 * 32_000 * 4  # whole logits of both
 
 
+def test_log_probs_holds_the_logits_of_one_model() -> None:
+    logits = 6 * 100 * 4
+    assert memory.log_probs(DECODER, BATCH, Setting(4)) == 2 * logits  # so few that they are one block of a CPU
+    assert memory.log_probs(DECODER, BATCH, Setting(4, device="cuda")) == 2 * logits
+    assert memory.log_probs(DECODER, BATCH, Setting(2, device="cuda")) == 2.5 * logits
+    wide, many = Decoder(2, 8, 20, 2, 1, 4, vocabulary=32_000), Batch(8, 512, 4_000)
+    one, two = memory.log_probs(wide, many, Setting(4)), memory.token_stats(wide, many, Setting(4), measures=["mean"])
+    assert one < 0.55 * two
+
+
 def test_a_risk_measure_that_works_harder_takes_more_on_a_gpu() -> None:
     def of(*measures: str) -> int:
         return memory.token_stats(DECODER, BATCH, Setting(2, device="cuda"), measures=measures)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stepwise.errors import ModelError
+from stepwise.log_probs import log_probs
 from stepwise.risk import CVaR, Entropic, EVaR, Mean, Mixture, RiskMeasure
 from stepwise.token_stats import Head, TokenStats, token_stats
 
@@ -60,6 +61,24 @@ def test_values_and_gradients_are_the_dense_ones(measure, name, level, chunk):
     stats = token_stats(policy_NH, reference_NH, Head(weight_VH), labels_N, risk=measure, chunk=chunk)
     expected = oracles.dense_token_stats(policy_NH, reference_NH, weight_VH, labels_N, name, level)
     assert_matches(stats, expected, policy_NH)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_log_probs_alone_have_the_same_bits_and_so_has_their_gradient(dtype, softcap, monkeypatch):
+    """Two chunks, the second of several blocks; PPO sets the one against the other."""
+    monkeypatch.setattr("stepwise.token_stats.CHUNK_ELEMENTS", {"cpu": 16 * V})
+    monkeypatch.setattr("stepwise.token_stats.BLOCK_ELEMENTS", 3 * V)
+    policy_NH, reference_NH, weight_VH, labels_N = case(tokens=27)
+    own_NH = policy_NH.detach().to(dtype).requires_grad_()
+    head = Head(weight_VH.to(dtype), bias=torch.linspace(-1, 1, V), softcap=softcap)
+    both_N = token_stats(own_NH, reference_NH.to(dtype), head, labels_N, risk=CVaR(0.9)).log_prob
+    alone_N, pull_N = log_probs(own_NH, head, labels_N), torch.linspace(-1, 1, 27)
+    assert torch.equal(alone_N, both_N)
+    (one_NH,), (two_NH,) = (torch.autograd.grad((pull_N * x_N).sum(), own_NH) for x_N in (alone_N, both_N))
+    assert torch.equal(one_NH, two_NH) and one_NH.abs().max() > 0
+    with torch.no_grad():
+        assert torch.equal(log_probs(own_NH, head, labels_N), both_N)
 
 
 @each_measure

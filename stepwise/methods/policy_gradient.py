@@ -36,10 +36,10 @@ from torch import Tensor, nn
 
 from stepwise.collate import IGNORED, text_batch
 from stepwise.errors import ConfigError, NonFiniteError
+from stepwise.log_probs import log_probs
 from stepwise.methods.supervised import Supervised
-from stepwise.risk import Mean, RiskMeasure
+from stepwise.risk import RiskMeasure
 from stepwise.scored_policy import ScoredPolicy
-from stepwise.token_stats import token_stats
 from stepwise.train import Batch, Outcome
 
 RankBy = Literal["mc_kl", "score", "lambda_return"]
@@ -311,8 +311,8 @@ def actor_critic(scored: ScoredPolicy, input_ids: Tensor, attention_mask: Tensor
     labels_BT = labels[:, 1:]
     keep = labels_BT != IGNORED
     hidden_NH = scored.policy.hidden(input_ids, attention_mask)[:, :-1][keep]
-    stats = token_stats(hidden_NH, hidden_NH.detach(), scored.policy.head, labels_BT[keep], risk=Mean())
-    return Step(stats.log_prob, scored.head(hidden_NH.float()))
+    log_prob_N = log_probs(hidden_NH, scored.policy.head, labels_BT[keep])
+    return Step(log_prob_N, scored.head(hidden_NH.float()))
 
 
 def batches(pad_id: int) -> Callable[[Sequence[Mapping[str, Any]]], Batch]:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from stepwise.collate import text_batch
+from stepwise.log_probs import log_probs
 from stepwise.policy import Policy
-from stepwise.risk import Mean
-from stepwise.token_stats import token_stats
 from stepwise.train import Batch, Outcome
 
 
@@ -29,7 +28,7 @@ class Supervised(nn.Module):
         labels_BT = labels[:, 1:]
         keep = labels_BT != -100
         hidden_NH = self.policy.hidden(input_ids, attention_mask)[:, :-1][keep]
-        nll_N = -token_stats(hidden_NH, hidden_NH, self.policy.head, labels_BT[keep], risk=Mean()).log_prob
+        nll_N = -log_probs(hidden_NH, self.policy.head, labels_BT[keep])
         return Outcome(nll_N.sum(), {"loss": nll_N})
 
 
