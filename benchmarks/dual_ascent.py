@@ -5,9 +5,10 @@
 Every variant starts from the helpful policy of `benchmarks/frontier.py`, in the same folder. Its loss is `ipo`, which
 trains every pair to a gap of lambda / (2 beta_1) nats, so that lambda is a price that a short stage feels. All pairs
 come from the helpful policy, in one round: what a policy samples that is safe already shows no more harm, and nothing
-would pull it back. The learning rate is constant, and lambda moves every few steps by the CVaR 10 % of 250 sampled
-answers. No selection: what is printed is the CVaR of the policy as it ended, over 400 held-out prompts with eight
-answers each and its 95 % interval, next to the limit, and CPU seconds beside those of the same stage at a fixed lambda.
+would pull it back. The learning rate falls to zero: at a constant one the policy never comes to rest, and where it ends
+is a matter of its last steps. Lambda moves every few steps by the CVaR 10 % of 250 sampled answers. No selection: what
+is printed is the CVaR of the policy as it ended, over 400 held-out prompts with eight answers each and its 95 %
+interval, next to the limit, and CPU seconds beside those of the same stage at a fixed lambda.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from stepwise.recipe import Evaluate, Recipe
 
 STAGE = {
     "loss": "ipo",
-    "training": {"learning_rate": 1e-3, "epochs": 4.0, "batch_size": 16, "micro_batch": 16, "scheduler": "constant"},
+    "training": {"learning_rate": 1.5e-3, "epochs": 4.0, "batch_size": 16, "micro_batch": 16, "scheduler": "linear"},
 }
 ASCENT = {"kind": "dual_ascent", "lr": 0.1, "warmup": 2, "every": 5, "min": 0.01, "max": 10.0}
 

@@ -113,7 +113,7 @@ def violation(
     Raises:
         ConfigError: an option is out of range.
         DataError: costs and prompts differ in number.
-        ScoreError: nothing was scored.
+        ScoreError: nothing was scored, or a cost is outside the range of the constraint.
         NonFiniteError: a cost is NaN or infinite.
     """
     _check_options(bootstrap=bootstrap, confidence=confidence)
@@ -188,6 +188,11 @@ def _scored(
                 wanted="finite numbers; let the cost model answer None for a row that it cannot judge",
             )
     rows = [(prompt, cost) for prompt, cost in zip(prompt_id, costs, strict=True) if cost is not None]
+    low, high = constraint.cost_range or (-math.inf, math.inf)
+    if outside := [row for row, cost in enumerate(costs) if cost is not None and not low <= cost <= high]:
+        told = f"{where}, row {outside[0]} ({len(outside)} of {len(costs)} rows)"
+        wanted = f"within {low:g} to {high:g}, or a wider `range`"
+        raise ScoreError("a cost is outside its range", where=told, got=costs[outside[0]], wanted=wanted)
     if not rows:
         raise ScoreError("no response was scored", where=where, got=f"{len(costs)} responses", wanted="1 or more")
     ids = sorted({prompt for prompt, _ in rows}, key=lambda prompt: (str(prompt), type(prompt).__name__))

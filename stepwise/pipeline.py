@@ -27,6 +27,7 @@ from stepwise.pairing import sample_pairs, write_pairs
 from stepwise.policy import Policy, Quantization
 from stepwise.policy_gradient_stage import run_policy_gradient_stage
 from stepwise.recipe import EpisodesStage, GameStage, Recipe, RsaStage, ScorerStage
+from stepwise.recipe_parts import Data
 from stepwise.recipe_scorers import Spec
 from stepwise.run_folder import CERTIFICATE, RunFolder, chosen_scale
 from stepwise.sampling import Decoding, context
@@ -34,7 +35,7 @@ from stepwise.scorer_stage import run_scorer_stage
 from stepwise.stages import run_stage
 from stepwise.strength import check_prompts, select_strength
 from stepwise.targets import check, fingerprint, resolve
-from stepwise.workspace import Workspace, as_prompts
+from stepwise.workspace import Workspace, as_prompts, source
 
 
 def run(recipe: Recipe, output: Path | None = None, *, display: Display | None = None) -> list[Estimate]:
@@ -78,9 +79,8 @@ def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> 
         if isinstance(stage, EpisodesStage) and stage.sampling.vllm is not None:
             vllm_sampling.check()
     work = Workspace(recipe, folder, display)
-    for constraint in recipe.constraints.values():
-        if constraint.data is not None:
-            work.load(constraint.data)  # what is wrong with it is told before any training
+    for data in _data(recipe, folder):
+        load(source(data))  # what is wrong with it is told before any training
     if recipe.select is not None:
         check_prompts(work)
     for number, name in enumerate(recipe.stages, 1):
@@ -130,6 +130,16 @@ def _train(work: Workspace, name: str, place: Path, *, seed: int) -> None:
         run_policy_gradient_stage(work, name, stage, place, seed=seed)
     else:
         run_stage(work, name, stage, place, seed=seed)
+
+
+def _data(recipe: Recipe, folder: RunFolder) -> Iterator[Data]:
+    """What is still to be read, the sandbox's aside, and what a stage reads as it begins."""
+    finished = folder.finished(recipe)
+    parts = [stage.data for name, stage in recipe.stages.items() if name not in finished][1:]
+    parts += [part.data for part in recipe.constraints.values() if part.data is not None]
+    if recipe.evaluate is not None:
+        parts += [recipe.evaluate.data] + ([] if recipe.evaluate.texts is None else [recipe.evaluate.texts])
+    yield from {str(part): part for part in parts if not part.is_sandbox}.values()
 
 
 def _scorers(recipe: Recipe) -> Iterator[str | Spec]:

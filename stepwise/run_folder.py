@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +30,7 @@ from stepwise.recipe import Recipe, difference, dump_yaml, load
 
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "stepwise-align")
 _SHOWN = 10
-CERTIFICATE = "certificate.json"
+CERTIFICATE, METRICS = "certificate.json", "metrics.json"
 
 
 class RunFolder:
@@ -47,14 +48,16 @@ class RunFolder:
         """Write the recipe into a new folder, or check that the folder belongs to this recipe.
 
         What killed processes left behind is removed. Until a stage has begun, the recipe may still change: a first
-        attempt that failed on a wrong path does not take the folder. Raises `OtherRecipe` naming every differing key
-        when the folder belongs to another recipe, `CheckpointError` when it holds something that is not a run.
+        attempt that failed on a wrong path does not take the folder. So may afterwards what nothing was made by yet:
+        `evaluate` until it is finished, `select` until a strength is certified; `report_to` always. Raises
+        `OtherRecipe` naming every other key that differs when the folder belongs to another recipe, `CheckpointError`
+        when it holds something that is not a run.
         """
         owned = self.path / "recipe.yaml"
         if not owned.exists():
             self._refuse_strangers()
         if owned.exists() and (self.path / "stages").exists():
-            self._refuse_changes(recipe)
+            self._change(recipe)
         else:
             checkpoint.write_text(owned, dump_yaml(recipe))
             checkpoint.write_text(self.path / "environment.json", json.dumps(environment(), indent=1))
@@ -71,14 +74,21 @@ class RunFolder:
                 wanted="a new or empty folder, or the folder of an earlier run",
             )
 
-    def _refuse_changes(self, recipe: Recipe) -> None:
-        if differing := difference(self.recipe(), recipe):
+    def _change(self, recipe: Recipe) -> None:
+        free = {"report_to"} | ({"select"} if chosen_scale(self) is None else set())
+        free |= set() if (self.path / METRICS).exists() else {"evaluate"}
+        changed = difference(self.recipe(), recipe)
+        if differing := [found for found in changed if found[0].partition(".")[0] not in free]:
             raise OtherRecipe(
                 "The output folder belongs to another recipe",
                 differing,
                 where=self.path,
                 wanted="the same recipe, or another folder (--output DIR, or another `name`)",
             )
+        if any(found[0].startswith("evaluate") for found in changed):
+            shutil.rmtree(self.path / "samples", ignore_errors=True)  # of an evaluation that was not finished
+        if changed:
+            checkpoint.write_text(self.path / "recipe.yaml", dump_yaml(recipe))
 
     def finished(self, recipe: Recipe) -> list[str]:
         """Names of the stages that are trained."""

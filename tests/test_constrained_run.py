@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from stepwise import checkpoint, lagrangian, pipeline
 from stepwise.cli import app
 from stepwise.display import Display
-from stepwise.errors import ConfigError, DataError, Uncertified
+from stepwise.errors import ConfigError, DataError, OtherRecipe, Uncertified
 from stepwise.methods.preference import bradley_terry_labels, pair_weights
 from stepwise.recipe import Recipe, dump_yaml, load
 from stepwise.risk import CVaR, Mean, WorstCase
+from stepwise.run_folder import RunFolder
 
 RECIPE = """
 name: constrained
@@ -156,6 +157,12 @@ def test_a_run_without_a_passing_strength_is_kept_and_ends_with_code_3(finished:
     assert "selected" not in {row["policy"] for row in json.loads((run / "metrics.json").read_text())}
     with pytest.raises(Uncertified, match="strength 1, the safest"):
         pipeline.run(load(str(run / "recipe.yaml")), run, display=QUIET)
+    less = load(str(run / "recipe.yaml"), ["select.confidence=0.5"])  # a selection that failed may be tried anew
+    with pytest.raises(Uncertified, match=r"at confidence 0\.5"):
+        pipeline.run(less, run, display=QUIET)
+    assert RunFolder(run).recipe() == less
+    with pytest.raises(OtherRecipe, match=r"select\.confidence"):  # one that certified may not
+        pipeline.run(load(str(finished / "recipe.yaml"), ["select.confidence=0.5"]), finished, display=QUIET)
 
 
 def test_prompts_that_are_too_few_or_none_are_told_before_any_training(finished: Path, tmp_path: Path) -> None:

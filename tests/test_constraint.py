@@ -131,6 +131,15 @@ def test_a_limit_outside_the_range_of_the_cost_names_all_three(value: float) -> 
     assert "0 to 1" in str(caught.value)
 
 
+@pytest.mark.parametrize("cost", [-0.1, 1.5])
+def test_a_cost_outside_the_range_is_told_with_its_row(cost: float) -> None:
+    constraint = Constraint("harm", lambda **_: [], CVaR(0.5), 0.5, cost_range=(0.0, 1.0))
+    assert violation(constraint, [0.0, None, 1.0], [0, 0, 1]).risk == 1.0  # the ends belong to it
+    for asks in (violation, feasible):
+        with pytest.raises(ScoreError, match=rf"'harm', row 2 \(1 of 3 rows\)\. Got: {cost}.*within 0 to 1"):
+            asks(constraint, [0.0, None, cost], [0, 0, 1])
+
+
 def test_a_limit_may_be_an_end_of_the_range() -> None:
     assert limit(0.0, cost_range=(0.0, 1.0)).limit == 0.0
     assert limit(1.0, cost_range=(0.0, 1.0)).limit == 1.0

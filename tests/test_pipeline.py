@@ -198,6 +198,39 @@ def test_a_changed_recipe_is_refused_with_the_differing_keys(finished: Path, tmp
     assert raised.value.changes == [("seed", 0, 3), ("stages.helpful.beta", 0.1, 0.2)]
 
 
+def fails(completions: list[str], **columns: Any) -> list[float]:
+    raise RuntimeError("gone")
+
+
+def test_an_evaluation_may_change_until_it_is_made_and_nothing_is_trained_again(tmp_path: Path) -> None:
+    wrong = recipe(tmp_path, SFT_ALONE, "evaluate.costs={harm: 'test_pipeline:fails'}")
+    with pytest.raises(ScoreError, match="gone"):
+        pipeline.run(wrong, tmp_path / "run", display=QUIET)
+    weights = tmp_path / "run" / "stages/01-sft/adapter/adapter_model.safetensors"
+    trained = weights.stat().st_mtime_ns
+    samples = tmp_path / "run" / "samples"
+    samples.mkdir(exist_ok=True)
+    (samples / "base.parquet").write_text("of the other evaluation")
+    better = recipe(tmp_path, SFT_ALONE, "evaluate.costs={harm: 'stepwise.sandbox:cost'}", "evaluate.samples=2")
+    pipeline.run(better, tmp_path / "run", display=QUIET)
+    assert weights.stat().st_mtime_ns == trained
+    assert RunFolder(tmp_path / "run").recipe() == better
+    assert pyarrow.parquet.read_table(samples / "base.parquet").num_rows == 2 * 12
+    more = recipe(tmp_path, SFT_ALONE, "evaluate.costs={harm: 'stepwise.sandbox:cost'}", "evaluate.samples=3")
+    with pytest.raises(OtherRecipe, match=r"evaluate\.samples"):
+        pipeline.run(more, tmp_path / "run", display=QUIET)
+    assert pyarrow.parquet.read_table(samples / "base.parquet").num_rows == 2 * 12
+
+
+@pytest.mark.parametrize("where", ["evaluate.data", "stages.helpful.data"])
+def test_data_that_is_needed_last_is_missed_before_anything_is_trained(where: str, tmp_path: Path) -> None:
+    format = "prompts" if where == "evaluate.data" else "preference"
+    wrong = recipe(tmp_path, f"{where}={{path: {tmp_path}/none.jsonl, format: {format}}}")
+    with pytest.raises(DataError, match=r"data file is missing.*none\.jsonl"):
+        pipeline.run(wrong, tmp_path / "run", display=QUIET)
+    assert not (tmp_path / "run" / "stages").exists()
+
+
 def test_a_run_that_failed_on_a_wrong_path_does_not_take_the_folder(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"'\./nowhere' could not be loaded"):
         pipeline.run(recipe(tmp_path, "model.base=./nowhere"), tmp_path / "run", display=QUIET)
