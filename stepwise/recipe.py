@@ -96,6 +96,8 @@ __all__ = [
     "shipped",
 ]
 
+NAME = r"^[a-z0-9_-]+$"  # of a recipe
+
 MAX_TOLD = 50  # broken rules that an error spells out
 
 
@@ -177,7 +179,7 @@ def _uses_sandbox(fields: Mapping[str, Any]) -> bool:
 class Recipe(Part):
     """A whole run: a base, and stages that each push one adapter on it."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$", max_length=64)] = Field(
+    name: Annotated[str, Field(pattern=NAME, max_length=64)] = Field(
         description="run folder runs/<name>; lower-case letters, digits, _ and -"
     )
     seed: Seed = Field(default=0, description="seed of adapters, data order and sampling")

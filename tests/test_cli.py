@@ -114,6 +114,10 @@ def test_cp_copies_with_comments_and_never_overwrites(tmp_path: Path) -> None:
     copied = tmp_path / "rsa_local.yaml"
     assert copied.read_text().startswith("# RSA on your own model folder")
     assert recipe.load(copied) == recipe.load("rsa_local")
+    assert call("cp", "rsa_local", str(tmp_path / "mine.yaml")).exit_code == 0
+    assert recipe.load(tmp_path / "mine.yaml") == recipe.load("rsa_local", ["name=mine"])
+    assert call("cp", "rsa_local", str(tmp_path / "My Own.yaml")).exit_code == 0  # cannot be a name
+    assert recipe.load(tmp_path / "My Own.yaml") == recipe.load("rsa_local")
     copied.write_text("mine")
     done = call("cp", "rsa_local", str(copied))
     assert done.exit_code == 2

@@ -18,6 +18,7 @@ def preference_stages(name: str) -> dict[str, recipe.RsaStage]:
 
 def test_these_recipes_are_shipped() -> None:
     assert NAMES == [
+        "constrained_local",
         "cost_local",
         "cost_pku_7b",
         "dpo_hh",
@@ -70,6 +71,7 @@ METHODS = {
     "rsa_pku_7b": {"helpful": (0.5, ["cvar", 0.97], 0.1), "safe": (0.5, ["cvar", 0.97], 0.025)},
     "rsa_pku_7b_erm": {"helpful": (0.5, ["entropic", 1.0], 0.1), "safe": (0.5, ["entropic", 1.0], 0.025)},
     "rsa_local": {"helpful": (0.5, ["cvar", 0.97], 0.1), "safe": (0.5, ["cvar", 0.97], 0.025)},
+    "constrained_local": {"helpful": (0.5, ["cvar", 0.97], 0.1), "safe": (0.5, ["cvar", 0.97], 0.05)},
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -62,10 +63,12 @@ def copy_recipe(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe.", show_default=False)],
     path: Annotated[Path | None, typer.Argument(help="New file, or a folder; NAME.yaml if absent.")] = None,
 ) -> None:
-    """Copy a shipped recipe, to be edited. An existing file is never overwritten."""
+    """Copy a shipped recipe, to be edited; its name becomes that of the file. An existing file is never overwritten."""
     text = recipe_file.shipped_text(name)
     target = path or Path()
     target = target / f"{name}.yaml" if target.is_dir() else target
+    if re.fullmatch(recipes.NAME, target.stem):
+        text = re.sub(rf"(?m)^name: {name}$", f"name: {target.stem}", text)
     try:
         with open(target, "x", encoding="utf-8") as file:
             file.write(text)
