@@ -58,7 +58,7 @@ QUIET = Display(silent=True)
 
 @dataclass(frozen=True)
 class Size:
-    """Of the stages that sample their pairs; the quickstart has 600 prompts, 6 responses, 2 rounds and 1 epoch."""
+    """Of the stages that sample their pairs; the quickstart has 400 prompts, 6 responses, 5 rounds and 1 epoch."""
 
     prompts: int = 400
     samples: int = 4
@@ -75,6 +75,7 @@ def sandbox_world(seed: int, size: Size = Size()) -> dict[str, Any]:
     safe = tree["stages"]["safe"]
     safe["data"]["limit"], safe["training"]["epochs"] = size.prompts, size.epochs
     safe["on_policy"] |= size.on_policy("lower")
+    safe["pair_risk"]["uniform"] = 0.5
     del safe["lambda"], safe["multiplier"], tree["select"], tree["constraints"]
     tree["evaluate"] |= {"policies": ["selected"], "bootstrap": 100}
     return tree

@@ -28,6 +28,11 @@ class LoraFile(NamedTuple):
     targets: list[str]
 
 
+def is_missing_folder(model: str) -> bool:
+    """Whether this is a path, as no hub id is, where no folder is."""
+    return model.startswith((".", "/", "~")) and not Path(model).is_dir()
+
+
 @contextmanager
 def reading(what: str, *, where: str, wanted: str) -> Iterator[None]:
     """Turn whatever a library raises about a model's files into one `ModelError`."""
@@ -45,6 +50,8 @@ def check_shards(model: str, revision: str | None = None) -> None:
     id."""
     from transformers.utils.hub import cached_file
 
+    if is_missing_folder(model):
+        raise OSError("there is no such folder")
     index = cached_file(model, _INDEX, revision=revision, _raise_exceptions_for_missing_entries=False)
     if index is None:
         return

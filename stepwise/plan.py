@@ -18,6 +18,7 @@ from stepwise import memory, sandbox
 from stepwise.encoding import tokenize_prompts
 from stepwise.errors import ModelError
 from stepwise.memory import Batch, SamplingMemory, Setting, TrainingMemory
+from stepwise.model_files import is_missing_folder
 from stepwise.plan_report import EvaluationPlan, ModelPlan, Plan, StagePlan
 from stepwise.plan_rows import Found, Reader, longest_batch, longest_prompt
 from stepwise.plan_scorers import Scorers
@@ -98,6 +99,8 @@ def _base(recipe: Recipe) -> tuple[_Base | None, tuple[str, ...]]:
         config = AutoConfig.from_pretrained(name, **options)
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, ImportError) as error:
+        if is_missing_folder(name):
+            return None, (f"tokens, parameters and memory, because there is no folder {name}",)
         if Path(name).is_dir():
             raise ModelError(
                 f"The model {name!r} could not be read: {str(error).strip().splitlines()[0]}",
@@ -213,7 +216,7 @@ def _evaluation(recipe: Recipe, part: Evaluate, reader: Reader, bytes_of: _Bytes
     limit = recipe.training.max_prompt_length
     found, notes = reader.rows(part.data, partial(tokenize_prompts, max_prompt_length=limit))
     prompts = None if found is None else len(found.loaded.rows)
-    policies = len(part.policies or ("base", *recipe.stages))
+    policies = len(part.policies or ("base", *recipe.stages)) + (recipe.select is not None and part.policies is None)
     positions = longest_prompt(found, limit) + part.max_new_tokens
     sequences = part.batch_size if prompts is None else min(part.batch_size, prompts * part.samples)
     last, sampling = list(recipe.stages)[-1], None

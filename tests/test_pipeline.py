@@ -232,7 +232,7 @@ def test_data_that_is_needed_last_is_missed_before_anything_is_trained(where: st
 
 
 def test_a_run_that_failed_on_a_wrong_path_does_not_take_the_folder(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"'\./nowhere' could not be loaded"):
+    with pytest.raises(ModelError, match=r"'\./nowhere' could not be loaded: there is no such folder"):
         pipeline.run(recipe(tmp_path, "model.base=./nowhere"), tmp_path / "run", display=QUIET)
     RunFolder(tmp_path / "run").claim(recipe(tmp_path))
     assert RunFolder(tmp_path / "run").recipe().model.base == "sandbox"
