@@ -214,3 +214,8 @@ def test_pairs_refuses_values_out_of_range() -> None:
     assert call("pairs", *required, "--prefer", "lower", "--samples", "1").exit_code == 2
     assert call("pairs", *required, "--prefer", "best").exit_code == 2
     assert call("pairs", *required).exit_code == 2
+
+
+def test_python_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "stepwise", "check", "quickstart"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("OK: quickstart"), done.stderr

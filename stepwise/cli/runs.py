@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
@@ -40,7 +41,9 @@ def working_in(folder: Path, recipe: recipes.Recipe) -> AbstractContextManager[N
 
 
 def show_run(folder: Path) -> None:
-    """The tables were printed on the way."""
+    """The tables were printed on the way. Of several processes the first one says it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     metrics = folder / "metrics.json"
     found = json.loads(metrics.read_text()) if metrics.is_file() else []
     show(f"Everything is in {folder}", {"run": str(folder), "metrics": found})
