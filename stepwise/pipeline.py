@@ -198,8 +198,9 @@ def make_pairs(
     samples: int,
     output: Path,
     quantization: Quantization | None = None,
-) -> int:
-    """Sample from a model or a run, score, and write a `preference` dataset to `output`; return the number of pairs.
+) -> tuple[int, int]:
+    """Sample from a model or a run, score, and write a `preference` dataset to `output`; return the number of pairs, and
+    of those that were left out because one response is empty, which no data set may hold.
 
     What is sampled and scored is kept in a hidden folder beside `output` until that is written. Raises `ConfigError`
     when `output` exists, `CheckpointError` when another process makes it.
@@ -223,9 +224,10 @@ def make_pairs(
             samples=samples,
             ledger=ledger,
         )
-        write_pairs(pairs, output)
+        spoken = [pair for pair in pairs if pair.chosen.strip() and pair.rejected.strip()]
+        write_pairs(spoken, output)
         ledger.remove()
-    return len(pairs)
+    return len(spoken), len(pairs) - len(spoken)
 
 
 def open_policy(model: str, *, quantization: Quantization | None = None) -> Policy:

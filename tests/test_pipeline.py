@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from stepwise import evaluations, pipeline
 from stepwise.data import Source
+from stepwise.data import load as load_rows
 from stepwise.display import Display
 from stepwise.errors import CheckpointError, ConfigError, DataError, ModelError, OtherRecipe, ScoreError
 from stepwise.quantization import count_linear_4bit
@@ -260,7 +261,7 @@ def test_evaluating_an_unfinished_run_names_what_is_missing(finished: Path, tmp_
 def test_pairs_are_sampled_from_a_run_scored_and_ordered(finished: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text((finished / "sandbox" / "train_prompts.jsonl").read_text())
-    made = pipeline.make_pairs(
+    made, empty = pipeline.make_pairs(
         str(finished),
         Source(str(prompts), "prompts", limit=6),
         Decoding(100, seed=1),
@@ -270,7 +271,7 @@ def test_pairs_are_sampled_from_a_run_scored_and_ordered(finished: Path, tmp_pat
         output=tmp_path / "pairs.jsonl",
     )
     rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
-    assert len(rows) == made > 0
+    assert len(rows) == made > 0 and empty == 0
     assert all(row["chosen_score"] > row["rejected_score"] for row in rows)
     tokenizer = pipeline.open_policy(str(finished)).tokenizer
     with pytest.raises(ConfigError, match="quantization of a run is in its recipe"):
@@ -278,6 +279,26 @@ def test_pairs_are_sampled_from_a_run_scored_and_ordered(finished: Path, tmp_pat
     small = pipeline.open_policy(str(finished / "sandbox" / "base"), quantization="nf4")
     assert count_linear_4bit(small.model) > 0
     assert all(tokenizer.decode(row["chosen_ids"], skip_special_tokens=True) == row["chosen"] for row in rows)
+
+
+def by_length(completions: list[str], **columns: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def test_a_pair_with_an_empty_response_is_left_out_and_the_file_is_a_data_set(finished: Path, tmp_path: Path) -> None:
+    """Responses of one token, of a base that hardly learned: now and then it is the end."""
+    path = tmp_path / "pairs.jsonl"
+    made, empty = pipeline.make_pairs(
+        str(finished / "sandbox" / "base"),
+        Source(str(finished / "sandbox" / "train_prompts.jsonl"), "prompts", limit=400),
+        Decoding(1, batch_size=400),
+        scorer="test_pipeline:by_length",
+        prefer="higher",
+        samples=4,
+        output=path,
+    )
+    assert made > empty > 0
+    assert len(load_rows(Source(str(path), "preference")).rows) == made
 
 
 def test_pairs_that_a_scorer_cannot_tell_apart_are_an_error(finished: Path, tmp_path: Path) -> None:
