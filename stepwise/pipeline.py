@@ -19,16 +19,18 @@ from stepwise.encoding import tokenize_prompts
 from stepwise.errors import ConfigError, Uncertified
 from stepwise.evaluation import Estimate
 from stepwise.feasibility import warn_out_of_reach
+from stepwise.formats import convert
 from stepwise.game_online_stage import run_online_game_stage
 from stepwise.game_stage import run_game_stage
 from stepwise.ledger import Ledger
 from stepwise.measure import evaluate
-from stepwise.pairing import sample_pairs, write_pairs
+from stepwise.pairing import ScoredPair, sample_pairs, write_pairs
 from stepwise.policy import Policy, Quantization
 from stepwise.policy_gradient_stage import run_policy_gradient_stage
 from stepwise.recipe import EpisodesStage, GameStage, Recipe, RsaStage, ScorerStage
 from stepwise.recipe_parts import Data
 from stepwise.recipe_scorers import Spec
+from stepwise.rows import Malformed
 from stepwise.run_folder import CERTIFICATE, RunFolder, chosen_scale
 from stepwise.sampling import Decoding, context
 from stepwise.scorer_stage import run_scorer_stage
@@ -199,8 +201,8 @@ def make_pairs(
     output: Path,
     quantization: Quantization | None = None,
 ) -> tuple[int, int]:
-    """Sample from a model or a run, score, and write a `preference` dataset to `output`; return the number of pairs, and
-    of those that were left out because one response is empty, which no data set may hold.
+    """Sample from a model or a run, score, and write a `preference` dataset to `output`; return the number of pairs,
+    and of those that were left out because no data set may hold them, such as one with an empty response.
 
     What is sampled and scored is kept in a hidden folder beside `output` until that is written. Raises `ConfigError`
     when `output` exists, `CheckpointError` when another process makes it.
@@ -224,10 +226,18 @@ def make_pairs(
             samples=samples,
             ledger=ledger,
         )
-        spoken = [pair for pair in pairs if pair.chosen.strip() and pair.rejected.strip()]
-        write_pairs(spoken, output)
+        sound = [pair for pair in pairs if _is_sound(pair)]
+        write_pairs(sound, output)
         ledger.remove()
-    return len(spoken), len(pairs) - len(spoken)
+    return len(sound), len(pairs) - len(sound)
+
+
+def _is_sound(pair: ScoredPair) -> bool:
+    try:
+        convert(pair._asdict(), "preference", columns={}, label=None)
+    except Malformed:
+        return False
+    return True
 
 
 def open_policy(model: str, *, quantization: Quantization | None = None) -> Policy:

@@ -40,7 +40,7 @@ def pairs(
     from stepwise.sampling import Decoding
 
     with going_on(lambda: f"every finished batch, beside {output}"):
-        made, empty = pipeline.make_pairs(
+        made, left_out = pipeline.make_pairs(
             model,
             Source(prompts, "prompts", limit=limit),
             Decoding(max_new_tokens, temperature, batch_size=batch_size, seed=seed),
@@ -50,8 +50,8 @@ def pairs(
             output=output,
             quantization=quantization,
         )
-    told = f"; {empty} left out for an empty response" if empty else ""
-    show(f"{output}: {made} pairs{told}", {"path": str(output), "pairs": made, "left_out": empty})
+    told = f"; {left_out} left out: a response is empty, or holds what no data set may" if left_out else ""
+    show(f"{output}: {made} pairs{told}", {"path": str(output), "pairs": made, "left_out": left_out})
 
 
 @app.command()
