@@ -337,10 +337,23 @@ def _quoted(place: str) -> str:
     return place if key == "the" else f"`{key}`{space}{rest}"
 
 
+def _flow(value: Mapping[str, Any] | Sequence[Any]) -> str:
+    """A few plain values as YAML writes them in a line; nothing for what is larger."""
+    parts = list(value.values()) if isinstance(value, Mapping) else list(value)
+    if not 0 < len(parts) <= 6 or any(isinstance(part, dict | list) or part is None for part in parts):
+        return ""
+    told = [part if isinstance(part, str) else short(part) for part in parts]
+    if isinstance(value, Mapping):
+        return "`{" + ", ".join(f"{key}: {part}" for key, part in zip(value, told, strict=True)) + "}`"
+    return "`[" + ", ".join(told) + "]`"
+
+
 def _default(schema: Schema) -> str:
     if "default" not in schema:
         return "see meaning"
     value = schema["default"]
+    if isinstance(value, dict) and "kind" in value:
+        value = {"kind": value["kind"]}
     if isinstance(value, dict | list):
-        return "its defaults" if value else "none"
+        return _flow(value) or ("its defaults" if value else "none")
     return value if isinstance(value, str) else short(value)
