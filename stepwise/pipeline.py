@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -61,7 +62,8 @@ def _run_in(path: Path, recipe: Recipe, display: Display | None, *, anew: bool) 
         folder = RunFolder(path)
         folder.claim(recipe)
         display.keep = folder.keep_warning
-        with folder.outcome(), tracking.tracked(recipe, folder, warn=display.warn):
+        tracked = nullcontext() if anew else tracking.tracked(recipe, folder, warn=display.warn)  # anew trains nothing
+        with folder.outcome(), tracked:
             return _run(recipe, folder, display, anew=anew)
 
 

@@ -24,23 +24,25 @@ def tracked(recipe: Recipe, folder: RunFolder, *, warn: Callable[[str], None]) -
     trackers = {name: _started(name, recipe, folder) for name in recipe.report_to}
     count = len(folder.log.lines())
 
-    def send(line: Mapping[str, Any]) -> None:
-        nonlocal count
-        count += 1
+    def each(call: Callable[[Any], None]) -> None:
         for name, tracker in list(trackers.items()):
             try:
-                tracker.log(numbers_of(line), step=count)
+                call(tracker)
             except Exception as error:  # whatever a foreign service raises must not end a training
                 warn(f"{name} gets no more of the log, which log.jsonl keeps: {type(error).__name__}: {error}")
                 del trackers[name]
+
+    def send(line: Mapping[str, Any]) -> None:
+        nonlocal count
+        count += 1
+        each(lambda tracker: tracker.log(numbers_of(line), step=count))
 
     folder.log.also = send
     try:
         yield
     finally:
         folder.log.also = None
-        for tracker in trackers.values():
-            tracker.finish()
+        each(lambda tracker: tracker.finish())
 
 
 def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:

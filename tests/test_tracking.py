@@ -48,13 +48,16 @@ def test_tensorboard_has_every_number_of_the_log(tmp_path: Path) -> None:
     assert any("aligned/scores/mean" in values for values in found.values())
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", ["log", "finish"])
+def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from accelerate.tracking import TensorBoardTracker
 
-    def fail(self: Any, values: dict[str, float], step: int) -> None:
+    def fail(self: Any, *_: Any, **__: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(TensorBoardTracker, "log", fail)
+    monkeypatch.setattr(TensorBoardTracker, when, fail)
     folder, warnings = RunFolder(tmp_path), list[str]()
     with tracking.tracked(load(written(tmp_path), SHORT), folder, warn=warnings.append):
         folder.log.write({"stage": "sft", "step": 1, "loss": 2.0})
