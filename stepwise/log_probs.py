@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from stepwise.token_stats import Head, at, blocks, chunk_of
+from stepwise.token_stats import Head, at, blocks, chunk_of, overwrite_by_slope
 
 
 def log_probs(hidden_NH: Tensor, head: nn.Linear | Head, labels_N: Tensor) -> Tensor:
@@ -26,7 +26,8 @@ def log_probs(hidden_NH: Tensor, head: nn.Linear | Head, labels_N: Tensor) -> Te
     frozen = Head.of(head)
     if not torch.is_grad_enabled():  # a Function's needs_input_grad does not look at the grad mode
         hidden_NH = hidden_NH.detach()
-    found: Tensor = _LogProbs.apply(hidden_NH.contiguous(), labels_N, frozen, chunk_of(frozen.weight))  # type: ignore[no-untyped-call]
+    chunk = chunk_of(labels_N.device.type, len(frozen.weight))
+    found: Tensor = _LogProbs.apply(hidden_NH.contiguous(), labels_N, frozen, chunk)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -46,7 +47,7 @@ class _LogProbs(torch.autograd.Function):
                     log_pi_RV = torch.log_softmax(logits_RV, -1)
                     log_prob_N[part][rows] = at(log_pi_RV, labels_R)
                     if slope_NH is not None:
-                        _overwrite_by_slope(logits_RV, labels_R, head.softcap, log_pi_RV)
+                        overwrite_by_slope(logits_RV, labels_R, head.softcap, pi_RV=log_pi_RV)
                 if slope_NH is not None:
                     slope_NH[part] = head.times_weight(logits_CV)
         ctx.save_for_backward(slope_NH)
@@ -57,13 +58,3 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         (slope_NH,) = ctx.saved_tensors
         return grad_N.unsqueeze(-1).to(slope_NH.dtype) * slope_NH, None, None, None
-
-
-def _overwrite_by_slope(logits_RV: Tensor, labels_R: Tensor, softcap: float | None, work_RV: Tensor) -> None:
-    """The logits become d log pi(y) / d z = (onehot - pi) times the slope of the soft-cap."""
-    through_cap_RV = None if softcap is None else 1 - (logits_RV / softcap) ** 2
-    torch.softmax(logits_RV, -1, out=work_RV)
-    torch.neg(work_RV, out=logits_RV)
-    logits_RV[torch.arange(len(labels_R), device=labels_R.device), labels_R] += 1
-    if through_cap_RV is not None:
-        logits_RV.mul_(through_cap_RV)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from stepwise.token_stats import BLOCK_ELEMENTS, CHUNK_ELEMENTS
+from stepwise.token_stats import BLOCK_ELEMENTS, chunk_of
 
 _FLOAT32 = 4
 
@@ -187,23 +187,25 @@ def token_stats(decoder: Decoder, batch: Batch, setting: Setting, *, measures: S
     measures: name of the risk measure, or of the parts of a mixture, each of which keeps a tilt. Below float32 the
     slopes are cast for the product with the head, 2 C V b more on a CPU.
     """
-    chunk = max(16, CHUNK_ELEMENTS[setting.device] // decoder.vocabulary // 16 * 16)
-    logits = _FLOAT32 * min(chunk, batch.responses) * decoder.vocabulary
+    logits, cast, block = _chunk(decoder, batch, setting)
     if setting.device == "cuda":
         return round((max(_CHUNKS[name] for name in measures) + len(measures) - 1) * logits)
-    cast = 0 if setting.dtype_bytes == _FLOAT32 else 2 * logits * setting.dtype_bytes // _FLOAT32
-    block = _FLOAT32 * min(max(BLOCK_ELEMENTS, decoder.vocabulary), logits // _FLOAT32)
-    return 2 * logits + cast + _BLOCKS_ON_CPU * block
+    return 2 * (logits + cast) + _BLOCKS_ON_CPU * block
 
 
 def log_probs(decoder: Decoder, batch: Batch, setting: Setting) -> int:
     """Working set of `log_probs`: the logits of C of N tokens, C V float32, as much again for their softmax (a block of
     it on a CPU), and below float32 the slopes, cast for the product with the head, C V b."""
-    chunk = max(16, CHUNK_ELEMENTS[setting.device] // decoder.vocabulary // 16 * 16)
-    logits = _FLOAT32 * min(chunk, batch.responses) * decoder.vocabulary
-    cast = 0 if setting.dtype_bytes == _FLOAT32 else logits * setting.dtype_bytes // _FLOAT32
-    block = _FLOAT32 * min(max(BLOCK_ELEMENTS, decoder.vocabulary), logits // _FLOAT32)
+    logits, cast, block = _chunk(decoder, batch, setting)
     return logits + cast + (logits if setting.device == "cuda" else block)
+
+
+def _chunk(decoder: Decoder, batch: Batch, setting: Setting) -> tuple[int, int, int]:
+    """Logits of a chunk of one model, their slopes cast to a smaller dtype, and the part of a block that fits the
+    cache."""
+    logits = _FLOAT32 * min(chunk_of(setting.device, decoder.vocabulary), batch.responses) * decoder.vocabulary
+    cast = 0 if setting.dtype_bytes == _FLOAT32 else logits * setting.dtype_bytes // _FLOAT32
+    return logits, cast, _FLOAT32 * min(max(BLOCK_ELEMENTS, decoder.vocabulary), logits // _FLOAT32)
 
 
 def backward(decoder: Decoder, batch: Batch, setting: Setting, *, adapter_floats: int, largest_quantised: int) -> int:

@@ -301,10 +301,10 @@ class _Bytes:
         saved = memory.adapter_floats(inputs, rank=lora.rank, dtype_bytes=setting.dtype_bytes)
         hidden = memory.hidden_states(decoder, batch, setting)
         stage = self.recipe.stages[name]
-        compared = isinstance(stage, RsaStage)  # with a reference, token by token
+        measures = _measures(stage) if isinstance(stage, RsaStage) else []  # of policy and reference, token by token
         vocabulary = 0  # a cost or reward model has one number per text
-        if isinstance(stage, RsaStage):
-            vocabulary = memory.token_stats(decoder, batch, setting, measures=_measures(stage))
+        if measures:
+            vocabulary = memory.token_stats(decoder, batch, setting, measures=measures)
         elif not isinstance(stage, ScorerStage):
             vocabulary = memory.log_probs(decoder, batch, setting)
         return TrainingMemory(
@@ -313,8 +313,8 @@ class _Bytes:
             gradients=memory.gradients(trainable),
             moments=memory.adam_moments(trainable),
             activations=memory.activations(decoder, batch, setting, adapter_floats=saved),
-            reference_hidden=hidden if compared else 0,
-            policy_hidden=(3 if compared else 2) * hidden,  # its own, and the slopes of log-probability and of risk
+            reference_hidden=hidden if measures else 0,
+            policy_hidden=(3 if measures else 2) * hidden,  # its own, and the slopes of log-probability and of risk
             token_stats=vocabulary,
             backward=memory.backward(
                 decoder, batch, setting, adapter_floats=saved, largest_quantised=self._largest_4bit

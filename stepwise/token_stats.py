@@ -130,7 +130,7 @@ def token_stats(
     frozen = Head.of(head)
     _check(policy_hidden_NH, reference_hidden_NH, frozen.weight, labels_N)
     if chunk is None:
-        chunk = chunk_of(frozen.weight)
+        chunk = chunk_of(labels_N.device.type, len(frozen.weight))
     elif chunk < 1:
         raise ModelError("a chunk holds at least one token", where="token_stats", got=chunk, wanted="at least 1 token")
     if not torch.is_grad_enabled():  # a Function's needs_input_grad does not look at the grad mode
@@ -182,9 +182,9 @@ class _TokenStats(torch.autograd.Function):
         return grad_NH, None, None, None, None, None
 
 
-def chunk_of(weight_VH: Tensor) -> int:
+def chunk_of(device: str, vocabulary: int) -> int:
     """Tokens whose logits exist at a time."""
-    return max(16, CHUNK_ELEMENTS.get(weight_VH.device.type, 32 << 20) // len(weight_VH) // 16 * 16)
+    return max(16, CHUNK_ELEMENTS.get(device, 32 << 20) // vocabulary // 16 * 16)
 
 
 def blocks(logits_CV: Tensor) -> list[slice]:
@@ -212,15 +212,23 @@ def _stats_then_slopes(
         (tilt_RV,) = torch.autograd.grad(risk_R.sum(), x_RV)
     stats_4R = torch.stack([at(log_pi_RV, labels_R), at(log_ref_RV, labels_R), risk_R.detach(), kl_R])
 
-    through_cap_RV = None if softcap is None else 1 - (policy_RV / softcap) ** 2
-    torch.softmax(policy_RV, -1, out=log_pi_RV)
+    through_cap_RV = overwrite_by_slope(policy_RV, labels_R, softcap, pi_RV=log_pi_RV)
     torch.sub(log_pi_RV, tilt_RV, out=reference_RV)
-    torch.neg(log_pi_RV, out=policy_RV)
-    policy_RV[torch.arange(len(labels_R), device=labels_R.device), labels_R] += 1
     if through_cap_RV is not None:
-        policy_RV.mul_(through_cap_RV)
         reference_RV.mul_(through_cap_RV)
     return stats_4R
+
+
+def overwrite_by_slope(logits_RV: Tensor, labels_R: Tensor, softcap: float | None, *, pi_RV: Tensor) -> Tensor | None:
+    """The logits become d log pi(y) / d z = (onehot - pi) times the slope of the soft-cap, which is returned if there
+    is one; `pi_RV` becomes pi."""
+    through_cap_RV = None if softcap is None else 1 - (logits_RV / softcap) ** 2
+    torch.softmax(logits_RV, -1, out=pi_RV)
+    torch.neg(pi_RV, out=logits_RV)
+    logits_RV[torch.arange(len(labels_R), device=labels_R.device), labels_R] += 1
+    if through_cap_RV is not None:
+        logits_RV.mul_(through_cap_RV)
+    return through_cap_RV
 
 
 def _losses(policy_RV: Tensor, reference_RV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
