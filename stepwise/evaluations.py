@@ -23,17 +23,18 @@ from stepwise.encoding import tokenize_prompts, tokenize_texts
 from stepwise.errors import CheckpointError, ConfigError
 from stepwise.evaluation import Estimate
 from stepwise.measure import Subject, anchor_of, measure
-from stepwise.policy import Policy, Quantization
+from stepwise.policy import Policy
+from stepwise.quantization import Quantization
 from stepwise.recipe import Evaluate, Recipe, read_evaluate
 from stepwise.recipe_parts import Data
-from stepwise.run_folder import RunFolder, chosen_scale
+from stepwise.run_folder import METRICS, RunFolder, chosen_scale
 from stepwise.sampling import context, fingerprint
 from stepwise.targets import check
 from stepwise.targets import fingerprint as scorer_fingerprint
 from stepwise.tokens import Tokens
 from stepwise.workspace import as_prompts, source
 
-FOLDER, ABOUT, METRICS = "evaluations", "about.json", "metrics.json"
+FOLDER, ABOUT = "evaluations", "about.json"
 
 _NOT_INHERITED = ("data", "strata", "texts", "policies")  # they belong to the prompts of the recipe
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
@@ -79,10 +80,6 @@ def request(
         pipeline.refuse_unfinished(folder, recipe)
         if template is not None:
             raise ConfigError("The template of a run is in its recipe", got=template, wanted="no --template")
-        if quantization is not None:
-            raise ConfigError(
-                "The quantization of a run is in its recipe", got=quantization, wanted="no --quantization"
-            )
     base = {} if recipe is None or recipe.evaluate is None else recipe.evaluate.model_dump(mode="json")
     base = {key: value for key, value in base.items() if key not in _NOT_INHERITED and value is not None}
     if any(text.startswith(("rewards.", "costs.")) for text in overrides):

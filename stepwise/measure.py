@@ -30,7 +30,7 @@ from stepwise.policy import Policy
 from stepwise.recipe import SELECTED, Evaluate, Recipe
 from stepwise.recipe_schema import one_of
 from stepwise.rollout import Measures, rollout
-from stepwise.run_folder import chosen_scale
+from stepwise.run_folder import METRICS, chosen_scale
 from stepwise.samples import ALL, Samples
 from stepwise.sampling import Decoding, Prompts, fingerprint
 from stepwise.scoring import Scorer, score
@@ -128,7 +128,7 @@ def measure(
     changes = [change for before, after in pairwise(found) for change in compare(after, before, **options)]
     changes += [e for e in of_texts if e.kind != "level"]
     text = json.dumps([asdict(e) for e in (*estimates, *changes)], indent=1, allow_nan=False)
-    checkpoint.write_text(folder / "metrics.json", text)
+    checkpoint.write_text(folder / METRICS, text)
     checkpoint.write_text(folder / "curves.json", json.dumps(_curves(work, found), allow_nan=False))
     ledger.remove()
     display.result(render(estimates))

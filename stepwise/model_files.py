@@ -65,6 +65,19 @@ def check_shards(model: str, revision: str | None = None) -> None:
             )
 
 
+def check_vocabulary(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer with ids that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise ModelError(
+            "The tokenizer has ids that the model has no embedding for",
+            where="model.base",
+            got=f"largest token id {largest}, {rows} embeddings",
+            wanted="the tokenizer that belongs to the model",
+        )
+
+
 def check_complete(network: Any, missing: Iterator[str] | set[str], *, where: str, wanted: str) -> None:
     """Refuse a model some of whose weights were not in its files: transformers fills them with random numbers."""
     names = sorted(missing)

@@ -26,8 +26,9 @@ from stepwise.game_stage import run_game_stage
 from stepwise.ledger import Ledger
 from stepwise.measure import evaluate
 from stepwise.pairing import ScoredPair, sample_pairs, write_pairs
-from stepwise.policy import Policy, Quantization
+from stepwise.policy import Policy
 from stepwise.policy_gradient_stage import run_policy_gradient_stage
+from stepwise.quantization import Quantization
 from stepwise.recipe import EpisodesStage, GameStage, Recipe, RsaStage, ScorerStage
 from stepwise.recipe_parts import Data
 from stepwise.recipe_scorers import Spec
@@ -82,9 +83,9 @@ def _run(recipe: Recipe, folder: RunFolder, display: Display, *, anew: bool) -> 
             judge_targets.check(stage.judge)
         if isinstance(stage, EpisodesStage) and stage.sampling.vllm is not None:
             vllm_sampling.check()
-    work = Workspace(recipe, folder, display)
     for data in _data(recipe, folder):
-        load(source(data))  # what is wrong with it is told before any training
+        load(source(data))  # what is wrong with it is told before a model is loaded and trained
+    work = Workspace(recipe, folder, display)
     if recipe.select is not None:
         check_prompts(work)
     for number, name in enumerate(recipe.stages, 1):

@@ -17,21 +17,20 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepwise.errors import ModelError
 from stepwise.log_probs import log_probs
-from stepwise.model_files import check_complete, check_shards, read_lora, reading
-from stepwise.quantization import compute_in_float32, count_linear_4bit, cure_cpu_repacking, nf4
+from stepwise.model_files import check_complete, check_shards, check_vocabulary, read_lora, reading
+from stepwise.quantization import Quantization, compute_in_float32, count_linear_4bit, cure_cpu_repacking, nf4
 from stepwise.risk import Mean
 from stepwise.stacking import Lora, concatenated, merged
 from stepwise.token_stats import head_of, token_stats
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-Quantization = Literal["nf4", "none"]
 
 
 class Policy:
@@ -49,7 +48,7 @@ class Policy:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.head = head_of(self._base)
-        self._check_vocabulary()
+        check_vocabulary(model, tokenizer)
         self._check_head()
 
     @classmethod
@@ -361,17 +360,6 @@ class Policy:
         return merged(self._base, self._layers, self._active)
 
     # --- checks ------------------------------------------------------------------------------------------------------
-
-    def _check_vocabulary(self) -> None:
-        rows = self._base.get_input_embeddings().weight.shape[0]
-        largest = max(self.tokenizer.get_vocab().values(), default=-1)
-        if largest >= rows:
-            raise ModelError(
-                "The tokenizer has ids that the model has no embedding for",
-                where="model.base",
-                got=f"largest token id {largest}, {rows} embeddings",
-                wanted="the tokenizer that belongs to the model",
-            )
 
     def _check_head(self) -> None:
         ids = torch.arange(4, device=self.device).view(1, 4) % self._base.get_input_embeddings().weight.shape[0]

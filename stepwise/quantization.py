@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+Quantization = Literal["nf4", "none"]
 
 
 def nf4(dtype: torch.dtype, *, keep: Sequence[str] | None = None) -> Any:

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console, RenderableType
@@ -32,6 +32,9 @@ RecipeArgument = Annotated[
 ]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help=_OVERRIDES_HELP, show_default=False)
+]
+QuantizationOption = Annotated[
+    Literal["nf4", "none"] | None, typer.Option(help="Of a model's weights; none if absent.", show_default=False)
 ]
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
-from stepwise.cli.app import app, display, going_on, show
+from stepwise.cli.app import QuantizationOption, app, display, going_on, show
 from stepwise.cli.runs import show_run, working_in
 from stepwise.errors import ConfigError
-from stepwise.run_folder import RunFolder
+from stepwise.run_folder import METRICS, RunFolder
 
 _KEYS_HELP = "With --prompts: keys of a recipe's `evaluate:`, as strata=topic or max_new_tokens=128."
 
@@ -32,9 +32,7 @@ def evaluate(
     samples: Annotated[int | None, typer.Option(min=1, help="Responses per prompt.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampling.")] = None,
     template: Annotated[str | None, typer.Option(help="Of a model: chat, or a text around {prompt}.")] = None,
-    quantization: Annotated[
-        Literal["nf4", "none"] | None, typer.Option(help="Of a model's weights; none if absent.", show_default=False)
-    ] = None,
+    quantization: QuantizationOption = None,
     name: Annotated[str | None, typer.Option(help="Of the evaluation; the file's name if absent.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of evaluations; RUN/evaluations or evaluations/MODEL if absent.")
@@ -65,7 +63,7 @@ def evaluate(
     told = ", ".join(str(folder) for folder in asked.folders)
     with going_on(lambda: f"{told}: every finished batch"):
         evaluations.evaluate_on(asked, display=display())
-    found = {folder.name: json.loads((folder / evaluations.METRICS).read_text()) for folder in asked.folders}
+    found = {folder.name: json.loads((folder / METRICS).read_text()) for folder in asked.folders}
     places = {folder.name: str(folder) for folder in asked.folders}
     show(f"Everything is in {told}", {"evaluations": places, "metrics": found})
 

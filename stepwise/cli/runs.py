@@ -13,7 +13,7 @@ import typer
 from stepwise import recipe as recipes
 from stepwise.cli.app import OverridesArgument, RecipeArgument, app, display, going_on, show
 from stepwise.errors import Uncertified
-from stepwise.run_folder import RunFolder
+from stepwise.run_folder import METRICS, RunFolder
 
 
 @app.command()
@@ -44,6 +44,6 @@ def show_run(folder: Path) -> None:
     """The tables were printed on the way. Of several processes the first one says it."""
     if os.environ.get("RANK", "0") != "0":
         return
-    metrics = folder / "metrics.json"
+    metrics = folder / METRICS
     found = json.loads(metrics.read_text()) if metrics.is_file() else []
     show(f"Everything is in {folder}", {"run": str(folder), "metrics": found})

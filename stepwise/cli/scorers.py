@@ -9,7 +9,7 @@ import typer
 
 from stepwise import recipe as recipes
 from stepwise import recipe_schema, recipe_scorers
-from stepwise.cli.app import app, going_on, show
+from stepwise.cli.app import QuantizationOption, app, going_on, show
 from stepwise.errors import ConfigError
 
 
@@ -30,9 +30,7 @@ def pairs(
     temperature: Annotated[float, typer.Option(min=1e-6, help="Sampling temperature.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Responses generated at once.")] = 64,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the sampling.")] = 0,
-    quantization: Annotated[
-        Literal["nf4", "none"] | None, typer.Option(help="Of a model's weights; none if absent.", show_default=False)
-    ] = None,
+    quantization: QuantizationOption = None,
 ) -> None:
     """Make a preference dataset: sample responses, score them, pair the best with the worst of a prompt."""
     from stepwise import pipeline
