@@ -93,10 +93,11 @@ class SamplingMemory:
     kv_cache: int
     logits: int
     scorers: int = 0
+    merged: int = 0
 
     @property
     def peak(self) -> int:
-        return self.base + self.adapters + self.kv_cache + self.logits + self.scorers
+        return self.base + self.adapters + self.merged + self.kv_cache + self.logits + self.scorers
 
 
 def quantised(weights: int) -> int:
@@ -113,6 +114,11 @@ def base_weights(*, kept: int, quantised_weights: int, dtype_bytes: int) -> int:
 def adapters(parameters: int) -> int:
     """All adapters of the stack, float32 whatever the compute dtype."""
     return _FLOAT32 * parameters
+
+
+def merged(weights: int) -> int:
+    """Linear layers held once more, float32, with the stack in them: how a small model samples on a CPU."""
+    return _FLOAT32 * weights
 
 
 def gradients(trainable: int) -> int:

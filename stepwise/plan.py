@@ -40,6 +40,7 @@ from stepwise.recipe import (
 )
 from stepwise.recipe_parts import Risk
 from stepwise.skeleton import Skeleton
+from stepwise.stacking import DENSE_WEIGHTS
 
 PAIR_BATCH = 256  # responses sampled at once for pairs and episodes, as the stages do
 
@@ -323,16 +324,17 @@ class _Bytes:
         )
 
     def sampling(self, name: str, sequences: int, positions: int, *, scorers: int | None = None) -> SamplingMemory:
-        """Of a batch of responses of the stack up to a stage, held as one adapter too where it is several, and of what
-        scores them: that of the stage by default."""
-        decoder, dtype_bytes = self.skeleton.decoder, self.setting.dtype_bytes
-        copies = 1 if name == next(iter(self.recipe.stages)) else 2
+        """Of a batch of responses of the stack up to a stage, merged into the weights or, where it is several, held as
+        one adapter too, and of what scores them: that of the stage by default."""
+        decoder, dtype_bytes, merged = self.skeleton.decoder, self.setting.dtype_bytes, self._merged(name)
+        copies = 1 if merged or name == next(iter(self.recipe.stages)) else 2
         return SamplingMemory(
             base=self._base(),
             adapters=copies * self._adapters(name),
             kv_cache=memory.kv_cache(decoder, sequences=sequences, positions=positions, dtype_bytes=dtype_bytes),
             logits=memory.sampling_logits(decoder, sequences=sequences),
             scorers=self.scorers.sampling(name) if scorers is None else scorers,
+            merged=merged,
         )
 
     def pair_sampling(self, name: str, how: OnPolicy, found: Found | None) -> SamplingMemory:
@@ -347,8 +349,18 @@ class _Bytes:
         return memory.base_weights(kept=kept, quantised_weights=quantised, dtype_bytes=self.setting.dtype_bytes)
 
     def _adapters(self, top: str) -> int:
+        return memory.adapters(sum(self.adapter(name) for name in self._up_to(top)))
+
+    def _merged(self, top: str) -> int:
+        """Where the policy is merged for sampling; see `Policy.flattened`."""
+        adapted = {m for name in self._up_to(top) for m in self.skeleton.adapted(self.recipe.lora_of(name).targets)}
+        weights = self.skeleton.weights([name for name in self.skeleton.linears if name in adapted])
+        small = self.setting.device == "cpu" and self.setting.dtype_bytes == 4 and weights <= DENSE_WEIGHTS
+        return memory.merged(weights) if small else 0
+
+    def _up_to(self, top: str) -> list[str]:
         names = list(self.recipe.stages)
-        return memory.adapters(sum(self.adapter(name) for name in names[: names.index(top) + 1]))
+        return names[: names.index(top) + 1]
 
     def _longest_batch(self, name: str, found: Found | None) -> Batch:
         stage, limits = self.recipe.stages[name], self.recipe.training_of(name)

@@ -19,6 +19,7 @@ _LEGEND = "Prompt tokens end with |, tokens that are trained stand in [brackets]
 _MEMORY = {
     "base": "base weights",
     "adapters": "adapters, float32",
+    "merged": "layers with them, float32",
     "scorers": "classifiers that score",
     "gradients": "gradients",
     "moments": "AdamW moments",

@@ -39,7 +39,8 @@ def upper_quantile(x_NV: Tensor, p_NV: Tensor, alpha: float) -> tuple[Tensor, Te
 
 
 def _by_sort(x_NV: Tensor, p_NV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    sorted_NV, order_NV = x_NV.sort(dim=-1, descending=True)
+    order_NV = _descending(x_NV)
+    sorted_NV = x_NV.gather(-1, order_NV)
     mass_NV = p_NV.gather(-1, order_NV).cumsum(-1, dtype=torch.float64)
     # Rounding may leave the whole mass just below alpha; the last outcome with mass is then the quantile.
     last_N1 = (mass_NV < mass_NV[..., -1:]).sum(-1, keepdim=True)
@@ -50,6 +51,12 @@ def _by_sort(x_NV: Tensor, p_NV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     share_N1 = ((alpha - above_N1) / tied_N1).clamp(0, 1)
     nan_N1 = x_NV.isnan().any(-1, keepdim=True)
     return t_N1, share_N1.masked_fill(nan_N1, torch.nan).to(x_NV.dtype)
+
+
+def _descending(x_NV: Tensor) -> Tensor:
+    if x_NV.device.type == "cpu":  # torch takes four times as long
+        return torch.from_numpy(np.argsort(-x_NV.numpy(), axis=-1))
+    return x_NV.argsort(dim=-1, descending=True)
 
 
 def _by_counting(x_V: Array, p_V: Array, alpha: float) -> tuple[float, float]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from stepwise.quantization import dequantised
+
+DENSE_WEIGHTS = 64 << 20  # that may be held once more, in fp32: a quarter of a GB
 
 
 class Lora(NamedTuple):
@@ -36,6 +40,45 @@ def concatenated(stack: Sequence[Lora]) -> dict[str, Tensor]:
     return found
 
 
+def may_be_dense(layers: Sequence[Any]) -> bool:
+    """Whether the linear layers among peft's are few enough for `dense`."""
+    bases = [layer.get_base_layer() for layer in _linear(layers)]
+    weights: int = sum(base.in_features * base.out_features for base in bases)
+    return weights <= DENSE_WEIGHTS
+
+
+@contextmanager
+def dense(layers: Sequence[Any], adapters: Sequence[str]) -> Iterator[None]:
+    """Within the context every linear layer is one product with W + sum over `adapters` of (alpha / rank) B A, in fp32.
+
+    A token at a time, a small model spends most of its time on reading 4-bit weights anew and on the calls for the
+    adapters.
+    """
+    changed = _linear(layers)
+    try:
+        for layer in changed:
+            base = layer.get_base_layer()
+            layer.forward = partial(_product, _with_adapters(layer, dequantised(base.weight), adapters), base.bias)
+        yield
+    finally:
+        for layer in changed:
+            vars(layer).pop("forward", None)
+
+
+def _product(weight_OH: Tensor, bias_O: Tensor | None, x: Tensor, **_: Any) -> Tensor:
+    return nn.functional.linear(x, weight_OH, bias_O)
+
+
+def _linear(layers: Sequence[Any]) -> list[Any]:
+    return [layer for layer in layers if isinstance(layer.get_base_layer(), nn.Linear)]
+
+
+def _with_adapters(layer: Any, weight: Tensor, adapters: Sequence[str]) -> Tensor:
+    for adapter in (own for own in adapters if own in layer.scaling):
+        weight = weight + layer.get_delta_weight(adapter).detach().float().cpu()
+    return weight
+
+
 def merged(base: nn.Module, layers: Sequence[Any], adapters: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """The weights of `base` by their own names, in fp32 on the CPU, each with what the adapters add to it.
 
@@ -49,8 +92,7 @@ def merged(base: nn.Module, layers: Sequence[Any], adapters: Sequence[str]) -> I
         for name, tensor in [*module.named_parameters(recurse=False), *_kept_buffers(module)]:
             weight = dequantised(tensor)
             if name == "weight" and id(module) in adapted:
-                for adapter in (own for own in adapters if own in adapted[id(module)].scaling):
-                    weight = weight + adapted[id(module)].get_delta_weight(adapter).detach().float().cpu()
+                weight = _with_adapters(adapted[id(module)], weight, adapters)
             if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):  # turned to be held in 4 bits
                 weight = weight.t() if name == "weight" else weight
             if ".lora_" not in place:

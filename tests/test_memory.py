@@ -94,7 +94,7 @@ def test_the_peak_takes_the_larger_of_the_two_that_alternate() -> None:
     hidden = {"reference_hidden": 32, "policy_hidden": 64}
     assert TrainingMemory(**parts, **hidden, token_stats=1000, backward=500).peak == 127 + 1000
     assert TrainingMemory(**parts, **hidden, token_stats=500, backward=1000).peak == 127 + 1000
-    assert SamplingMemory(base=1, adapters=2, kv_cache=4, logits=8).peak == 15
+    assert SamplingMemory(base=1, adapters=2, kv_cache=4, logits=8, scorers=16, merged=32).peak == 63
 
 
 def test_nf4_weights_take_what_bitsandbytes_allocates(tmp_path: Path) -> None:

@@ -274,11 +274,25 @@ def test_the_sandbox_is_planned_as_it_is_built(tmp_path: Path) -> None:
     assert found.model is not None
     assert found.model.weights == config.vocab_size * 2 * 128 + found.model.quantised_weights + 9 * 128
     assert safe.trainable == sum(p.numel() for p in policy.top_parameters().values())
+    assert again.sampling is not None
+    linear = sum(weight.numel() for name, weight in policy.merged() if "proj" in name)
+    assert (again.sampling.adapters, again.sampling.merged) == (2 * 4 * safe.trainable, 4 * linear)
     assert (again.rounds, again.steps) == (2, 2 * 3)  # 9 prompts, 4 a step, twice
     assert again.rows is not None and again.rows.certainty == "at most"
     assert found.evaluation is not None
     assert (found.evaluation.policies, found.evaluation.responses) == (3, 3 * 2 * 12)
     assert "at most 6" in shown(found)
+
+
+@pytest.mark.parametrize("changed", [{"dtype": "bfloat16"}, {"limit": 1000}])
+def test_a_policy_that_is_not_merged_to_sample_is_held_as_one_more_adapter(
+    changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "DENSE_WEIGHTS", changed.pop("limit", plans.DENSE_WEIGHTS))
+    small = ["sandbox.sft=20", "sandbox.prompts=12", "sandbox.pretrain_steps=3"]
+    aligned = plan(load_recipe("ra_rlhf_sandbox", [*small, *(f"model.{k}={v}" for k, v in changed.items())])).stages[1]
+    assert aligned.sampling is not None and aligned.memory is not None
+    assert (aligned.sampling.adapters, aligned.sampling.merged) == (2 * aligned.memory.adapters, 0)
 
 
 def test_pairs_are_sampled_in_the_batches_of_a_stage() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import small_models
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from stepwise import policy as module
+from stepwise import stacking
 from stepwise.errors import ModelError
 from stepwise.methods.supervised import Supervised, batches
 from stepwise.policy import Policy
@@ -225,10 +227,18 @@ def test_gradients_reach_the_top_adapter_alone(bases: Callable[[str], str], quan
     assert len(top) == 28
 
 
+@pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize(("name", "quantization", "dtype"), KINDS)
 def test_a_flattened_stack_is_the_same_policy_and_leaves_no_trace(
-    bases: Callable[[str], str], name: str, quantization: str, dtype: torch.dtype
+    bases: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    quantization: str,
+    dtype: torch.dtype,
+    merged: bool,
 ) -> None:
+    if not merged:
+        monkeypatch.setattr(stacking, "DENSE_WEIGHTS", 0)
     policy = stacked(bases(name), "a", "b", quantization=quantization, dtype=dtype)
     policy.push("c", rank=2, alpha=3, targets=["c_fc"] if name == "gpt2" else ["q_proj", "up_proj"])
     randomise(policy, 2)
@@ -248,7 +258,22 @@ def test_a_flattened_stack_is_the_same_policy_and_leaves_no_trace(
         raise KeyboardInterrupt
     assert torch.rand(1) == drawn
     assert torch.equal(log_probs(policy), before) and list(policy.module.state_dict()) == weights
+    assert not any("forward" in vars(layer) for layer in policy.module.modules())
     assert {n for n, p in policy.module.named_parameters() if p.requires_grad} == set(policy.top_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_model_in_float32_samples_without_reading_4_bits(
+    bases: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    policy = stacked(bases("llama"), "a", "b", dtype=dtype)
+    read, matmul = [], bitsandbytes.matmul_4bit
+    monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda *given, **named: read.append(1) or matmul(*given, **named))
+    with policy.flattened():
+        log_probs(policy)
+    assert len(read) == (0 if dtype == torch.float32 else 14)
+    log_probs(policy)
+    assert len(read) == (14 if dtype == torch.float32 else 28)
 
 
 def test_an_error_within_a_smaller_stack_gives_the_whole_one_back(bases: Callable[[str], str]) -> None:
