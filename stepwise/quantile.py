@@ -17,7 +17,7 @@ from torch import Tensor
 
 Array = npt.NDArray[np.floating]
 
-BINS = 2048
+BINS = 512
 SMALL = 1024  # outcomes below which sorting beats counting
 
 
@@ -33,7 +33,8 @@ def upper_quantile(x_NV: Tensor, p_NV: Tensor, alpha: float) -> tuple[Tensor, Te
         return _by_sort(x_NV, p_NV, alpha)
     rows = x_NV.shape[:-1]
     x, p = x_NV.reshape(-1, x_NV.shape[-1]).numpy(), p_NV.reshape(-1, p_NV.shape[-1]).numpy()
-    found = np.array([_by_counting(x_V, p_V, alpha) for x_V, p_V in zip(x, p, strict=True)]).reshape(-1, 2)
+    with np.errstate(all="ignore"):  # rows that are constant, or not finite
+        found = np.array([_by_counting(*row, alpha) for row in zip(x, p, strict=True)]).reshape(-1, 2)
     both = torch.from_numpy(found).to(x_NV.dtype)
     return both[:, 0].reshape(*rows, 1), both[:, 1].reshape(*rows, 1)
 
@@ -64,25 +65,31 @@ def _by_counting(x_V: Array, p_V: Array, alpha: float) -> tuple[float, float]:
     mass_V: npt.NDArray[np.float64] = p_V.astype(np.float64)
     above = 0.0  # mass strictly worse than everything kept
     while x_V.size > SMALL:
-        low, high = float(x_V.min()), float(x_V.max())
-        with np.errstate(all="ignore"):
-            scale = x_V.dtype.type(BINS) / x_V.dtype.type(high - low)
-        if low == high or not np.isfinite(scale) or scale == 0:
+        low = x_V.min()
+        scale = x_V.dtype.type(BINS) / (x_V.max() - low)
+        if not 0 < scale < np.inf:
             break
         # Subtracting and scaling round monotonically: no outcome can land in a worse bin than a larger one.
-        bin_V = ((x_V - low) * scale).astype(np.int32).astype(np.int64)  # one cast to int64 takes longer
+        scaled_V = x_V - low
+        scaled_V *= scale
+        bin_V = scaled_V.astype(np.int64)
         binned = torch.zeros(BINS + 1, dtype=torch.float64)
-        binned.scatter_add_(0, torch.from_numpy(bin_V), torch.from_numpy(mass_V))  # np.bincount takes twice as long
-        tail = above + np.cumsum(binned.numpy()[::-1])
-        first = min(int(np.searchsorted(tail, alpha)), int(np.searchsorted(tail, tail[-1])))
+        binned.scatter_add_(0, torch.from_numpy(bin_V), torch.from_numpy(mass_V))  # np.bincount takes longer
+        tail = binned.numpy()[::-1].cumsum() + above
+        first = _reached(tail, alpha)
         above = float(tail[first - 1]) if first else above
-        kept = np.flatnonzero(bin_V == len(tail) - 1 - first)
+        kept = np.flatnonzero(bin_V == BINS - first)
         x_V, mass_V = x_V[kept], mass_V[kept]
-    order = np.argsort(-x_V)
-    x_V, mass_V = x_V[order], mass_V[order]
-    tail = above + np.cumsum(mass_V)
-    t = x_V[min(int(np.searchsorted(tail, alpha)), int(np.searchsorted(tail, tail[-1])))]
-    tied = float(mass_V[x_V == t].sum())
-    above += float(mass_V[x_V > t].sum())
-    share = min(max((alpha - above) / tied, 0.0), 1.0) if tied > 0 else np.nan
-    return float(t), float(share if not np.isnan(x_V[-1]) else np.nan)
+    order = (-x_V).argsort()
+    rising_V, mass_V = -x_V[order], mass_V[order]  # the worst first, a NaN last
+    tail = mass_V.cumsum() + above
+    least = rising_V[_reached(tail, alpha)]
+    start, end = rising_V.searchsorted(least, "left"), rising_V.searchsorted(least, "right")
+    above, tied = float(tail[start - 1]) if start else above, float(mass_V[start:end].sum())
+    share = min(max((alpha - above) / tied, 0.0), 1.0) if tied > 0 and not np.isnan(rising_V[-1]) else np.nan
+    return -float(least), share
+
+
+def _reached(tail: npt.NDArray[np.float64], alpha: float) -> int:
+    """Where the mass first comes to alpha; if rounding leaves all of it just below, where it comes to its end."""
+    return min(int(tail.searchsorted(alpha)), int(tail.searchsorted(tail[-1])))
