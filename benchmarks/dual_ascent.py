@@ -6,9 +6,10 @@ Every variant starts from the helpful policy of `benchmarks/frontier.py`, in the
 trains every pair to a gap of lambda / (2 beta_1) nats, so that lambda is a price that a short stage feels. All pairs
 come from the helpful policy, in one round: what a policy samples that is safe already shows no more harm, and nothing
 would pull it back. The learning rate falls to zero: at a constant one the policy never comes to rest, and where it ends
-is a matter of its last steps. Lambda moves every few steps by the CVaR 10 % of 250 sampled answers. No selection: what
-is printed is the CVaR of the policy as it ended, over 400 held-out prompts with eight answers each and its 95 %
-interval, next to the limit, and CPU seconds beside those of the same stage at a fixed lambda.
+is a matter of its last steps. Lambda moves every few steps by the CVaR 10 % of sampled answers to prompts that no stage
+trains on: to those that it was trained on a policy does less harm. No selection: what is printed is the CVaR of the
+policy as it ended, over 400 other held-out prompts with eight answers each and its 95 % interval, next to the limit,
+and CPU seconds beside those of the same stage at a fixed lambda.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ STAGE = {
     "loss": "ipo",
     "training": {"learning_rate": 1.5e-3, "epochs": 4.0, "batch_size": 16, "micro_batch": 16, "scheduler": "linear"},
 }
+ANSWERS = 400  # to a move, one to each prompt; no stage trains on these
 ASCENT = {"kind": "dual_ascent", "lr": 0.1, "warmup": 2, "every": 5, "min": 0.01, "max": 10.0}
 
 
@@ -37,7 +39,7 @@ def recipe_of(tree: dict[str, Any], place: Path, first: float, ascent: dict[str,
     safe["on_policy"] |= {"scorer": "stepwise.sandbox:cost"}
     stages["safe"] = {**safe, **STAGE, "lambda": first} | ({} if ascent is None else {"multiplier": ascent})
     harm = {"cost": "stepwise.sandbox:cost", "risk": {"measure": "cvar", "alpha": 0.1}, "limit": limit}
-    harm["data"] = {"path": "sandbox:train_prompts", "format": "prompts", "limit": 250}
+    harm["data"] = {"path": "sandbox:calibration", "format": "prompts", "limit": ANSWERS}
     constraints = {} if ascent is None else {"harm": harm}
     return Recipe.model_validate({**tree, "evaluate": None, "stages": stages, "constraints": constraints})
 
