@@ -21,37 +21,41 @@ BINS = 512
 SMALL = 1024  # outcomes below which sorting beats counting
 
 
-def upper_quantile(x_NV: Tensor, p_NV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """The threshold of the worst `alpha` of each row, and the share of the outcomes tied with it that is in the tail.
+def upper_tail(x_NV: Tensor, p_NV: Tensor, alpha: float) -> Tensor:
+    """The share of every outcome that is among the worst `alpha` of its row, in [0, 1] and in the dtype of x.
 
-    t = max { t : P(x >= t) >= alpha },   share = (alpha - P(x > t)) / P(x = t)   in [0, 1]
+    t = max { t : P(x >= t) >= alpha },   share = 1 above t, 0 below,   (alpha - P(x > t)) / P(x = t) at t
 
-    x_NV: losses, larger is worse, no gradient. p_NV: probabilities that sum to one over the last axis. Returns t_N1 and
-    share_N1 in the dtype of x. A row with a NaN gets a NaN share, so that no NaN is silently sorted out of the way.
+    x_NV: losses, larger is worse, no gradient. p_NV: probabilities that sum to one over the last axis. A row with a NaN
+    gets NaN shares, so that no NaN is silently sorted out of the way.
     """
     if x_NV.device.type != "cpu" or x_NV.shape[-1] <= SMALL:
         return _by_sort(x_NV, p_NV, alpha)
-    rows = x_NV.shape[:-1]
-    x, p = x_NV.reshape(-1, x_NV.shape[-1]).numpy(), p_NV.reshape(-1, p_NV.shape[-1]).numpy()
+    share_NV = torch.empty_like(x_NV, memory_format=torch.contiguous_format)
+    rows = (t.reshape(-1, t.shape[-1]).numpy() for t in (x_NV, p_NV, share_NV))
     with np.errstate(all="ignore"):  # rows that are constant, or not finite
-        found = np.array([_by_counting(*row, alpha) for row in zip(x, p, strict=True)]).reshape(-1, 2)
-    both = torch.from_numpy(found).to(x_NV.dtype)
-    return both[:, 0].reshape(*rows, 1), both[:, 1].reshape(*rows, 1)
+        for x_V, p_V, share_V in zip(*rows, strict=True):
+            _count(x_V, p_V, alpha, share_V)
+    return share_NV
 
 
-def _by_sort(x_NV: Tensor, p_NV: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _by_sort(x_NV: Tensor, p_NV: Tensor, alpha: float) -> Tensor:
+    t_N1 = _sorted_quantile(x_NV, p_NV, alpha)
+    share_NV = torch.gt(x_NV, t_N1, out=torch.empty_like(x_NV))
+    tied_NV = torch.eq(x_NV, t_N1, out=torch.empty_like(x_NV))
+    above_N1 = (share_NV * p_NV).sum(-1, keepdim=True, dtype=torch.float64)
+    at_N1 = (tied_NV * p_NV).sum(-1, keepdim=True, dtype=torch.float64)
+    part_N1 = ((alpha - above_N1) / at_N1).clamp_(0, 1).masked_fill_(x_NV.isnan().any(-1, keepdim=True), torch.nan)
+    return share_NV.addcmul_(tied_NV, part_N1.to(x_NV.dtype))
+
+
+def _sorted_quantile(x_NV: Tensor, p_NV: Tensor, alpha: float) -> Tensor:
     order_NV = _descending(x_NV)
-    sorted_NV = x_NV.gather(-1, order_NV)
     mass_NV = p_NV.gather(-1, order_NV).cumsum(-1, dtype=torch.float64)
     # Rounding may leave the whole mass just below alpha; the last outcome with mass is then the quantile.
     last_N1 = (mass_NV < mass_NV[..., -1:]).sum(-1, keepdim=True)
     index_N1 = torch.minimum((mass_NV < alpha).sum(-1, keepdim=True), last_N1).clamp_(max=x_NV.shape[-1] - 1)
-    t_N1 = sorted_NV.gather(-1, index_N1)
-    above_N1 = torch.where(x_NV > t_N1, p_NV, 0).sum(-1, keepdim=True, dtype=torch.float64)
-    tied_N1 = torch.where(x_NV == t_N1, p_NV, 0).sum(-1, keepdim=True, dtype=torch.float64)
-    share_N1 = ((alpha - above_N1) / tied_N1).clamp(0, 1)
-    nan_N1 = x_NV.isnan().any(-1, keepdim=True)
-    return t_N1, share_N1.masked_fill(nan_N1, torch.nan).to(x_NV.dtype)
+    return x_NV.gather(-1, order_NV.gather(-1, index_N1))
 
 
 def _descending(x_NV: Tensor) -> Tensor:
@@ -60,34 +64,42 @@ def _descending(x_NV: Tensor) -> Tensor:
     return x_NV.argsort(dim=-1, descending=True)
 
 
-def _by_counting(x_V: Array, p_V: Array, alpha: float) -> tuple[float, float]:
-    """One row of `upper_quantile`: keep the bin that holds the quantile until few enough outcomes are left to sort."""
-    mass_V: npt.NDArray[np.float64] = p_V.astype(np.float64)
+def _count(x_V: Array, p_V: Array, alpha: float, share_V: Array) -> None:
+    """One row of `upper_tail`, into share_V: keep the bin that holds the quantile until few enough outcomes are left to
+    sort."""
+    x_K, mass_K = x_V, p_V.astype(np.float64)  # what is kept
+    places: list[npt.NDArray[np.intp]] = []  # of what is kept, each among those before it
     above = 0.0  # mass strictly worse than everything kept
-    while x_V.size > SMALL:
-        low = x_V.min()
-        scale = x_V.dtype.type(BINS) / (x_V.max() - low)
+    while x_K.size > SMALL:
+        low = x_K.min()
+        scale = x_K.dtype.type(BINS) / (x_K.max() - low)
         if not 0 < scale < np.inf:
             break
         # Subtracting and scaling round monotonically: no outcome can land in a worse bin than a larger one.
-        scaled_V = x_V - low
-        scaled_V *= scale
-        bin_V = scaled_V.astype(np.int64)
+        scaled_K = x_K - low
+        scaled_K *= scale
+        bin_K = scaled_K.astype(np.int64)
         binned = torch.zeros(BINS + 1, dtype=torch.float64)
-        binned.scatter_add_(0, torch.from_numpy(bin_V), torch.from_numpy(mass_V))  # np.bincount takes longer
+        binned.scatter_add_(0, torch.from_numpy(bin_K), torch.from_numpy(mass_K))  # np.bincount takes longer
         tail = binned.numpy()[::-1].cumsum() + above
         first = _reached(tail, alpha)
         above = float(tail[first - 1]) if first else above
-        kept = np.flatnonzero(bin_V == BINS - first)
-        x_V, mass_V = x_V[kept], mass_V[kept]
-    order = (-x_V).argsort()
-    rising_V, mass_V = -x_V[order], mass_V[order]  # the worst first, a NaN last
-    tail = mass_V.cumsum() + above
-    least = rising_V[_reached(tail, alpha)]
-    start, end = rising_V.searchsorted(least, "left"), rising_V.searchsorted(least, "right")
-    above, tied = float(tail[start - 1]) if start else above, float(mass_V[start:end].sum())
-    share = min(max((alpha - above) / tied, 0.0), 1.0) if tied > 0 and not np.isnan(rising_V[-1]) else np.nan
-    return -float(least), share
+        places.append(np.flatnonzero(bin_K == BINS - first))
+        x_K, mass_K = x_K[places[-1]], mass_K[places[-1]]
+    order = (-x_K).argsort()
+    rising_K, mass_K = -x_K[order], mass_K[order]  # the worst first, a NaN last
+    if np.isnan(rising_K[-1]):
+        share_V[:] = np.nan
+        return
+    tail = mass_K.cumsum() + above
+    least = rising_K[_reached(tail, alpha)]
+    start, end = rising_K.searchsorted(least, "left"), rising_K.searchsorted(least, "right")
+    above, tied = float(tail[start - 1]) if start else above, float(mass_K[start:end].sum())
+    at = order[start:end]
+    for kept in reversed(places):
+        at = kept[at]
+    share_V[:] = x_V > -least
+    share_V[at] = min(max((alpha - above) / tied, 0.0), 1.0) if tied > 0 else np.nan
 
 
 def _reached(tail: npt.NDArray[np.float64], alpha: float) -> int:

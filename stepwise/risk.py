@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from stepwise.errors import ConfigError
-from stepwise.quantile import upper_quantile
+from stepwise.quantile import upper_tail
 
 
 @runtime_checkable
@@ -79,10 +79,7 @@ class CVaR:
         """q* / p."""
         if self.alpha == 1:
             return torch.ones_like(p_NV)
-        t_N1, share_N1 = upper_quantile(x_NV, p_NV, self.alpha)
-        density_NV = torch.gt(x_NV, t_N1, out=torch.empty_like(x_NV))
-        tied_NV = torch.eq(x_NV, t_N1, out=torch.empty_like(x_NV))
-        return density_NV.addcmul_(tied_NV, share_N1).div_(self.alpha)  # a NaN in x has a NaN share: it stays visible
+        return upper_tail(x_NV, p_NV, self.alpha).div_(self.alpha)
 
 
 @dataclass(frozen=True)
