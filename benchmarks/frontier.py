@@ -58,7 +58,7 @@ QUIET = Display(silent=True)
 
 @dataclass(frozen=True)
 class Size:
-    """Of the stages that sample their pairs; the quickstart has 340 prompts, 6 responses, 5 rounds and 1 epoch."""
+    """Of the stages that sample their pairs; the quickstart has 400 prompts, 6 responses, 5 rounds and 1 epoch."""
 
     prompts: int = 400
     samples: int = 4

@@ -40,7 +40,7 @@ from stepwise.recipe import (
 )
 from stepwise.recipe_parts import Risk
 from stepwise.skeleton import Skeleton
-from stepwise.stacking import DENSE_WEIGHTS
+from stepwise.stacking import may_be_dense
 
 PAIR_BATCH = 256  # responses sampled at once for pairs and episodes, as the stages do
 
@@ -355,8 +355,8 @@ class _Bytes:
         """Where the policy is merged for sampling; see `Policy.flattened`."""
         adapted = {m for name in self._up_to(top) for m in self.skeleton.adapted(self.recipe.lora_of(name).targets)}
         weights = self.skeleton.weights([name for name in self.skeleton.linears if name in adapted])
-        small = self.setting.device == "cpu" and self.setting.dtype_bytes == 4 and weights <= DENSE_WEIGHTS
-        return memory.merged(weights) if small else 0
+        dense = may_be_dense(weights, device=self.setting.device, float32=self.setting.dtype_bytes == 4)
+        return memory.merged(weights) if dense else 0
 
     def _up_to(self, top: str) -> list[str]:
         names = list(self.recipe.stages)

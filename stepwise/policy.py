@@ -27,7 +27,7 @@ from stepwise.log_probs import log_probs
 from stepwise.model_files import check_complete, check_shards, check_vocabulary, read_lora, reading
 from stepwise.quantization import Quantization, compute_in_float32, count_linear_4bit, cure_cpu_repacking, nf4
 from stepwise.risk import Mean
-from stepwise.stacking import Lora, concatenated, dense, may_be_dense, merged
+from stepwise.stacking import Lora, concatenated, dense, linear_weights, may_be_dense, merged
 from stepwise.token_stats import head_of, token_stats
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -182,12 +182,12 @@ class Policy:
 
     @contextmanager
     def flattened(self) -> Iterator[None]:
-        """Within the context the active adapters act as one of their summed rank: the same policy but for rounding, in
-        a third of the products for three adapters. A small model in fp32 on a CPU is merged with them instead. For
-        sampling; no gradient flows."""
+        """For sampling, without gradient: within the context the active adapters act as one of their summed rank, in a
+        third of the products for three; a small model in fp32 on a CPU is merged with them. Equal but for rounding."""
         from peft import set_peft_model_state_dict
 
-        if self.device.type == "cpu" and self.dtype == torch.float32 and may_be_dense(self._layers):
+        adapted, float32 = linear_weights(self._layers), self.dtype == torch.float32
+        if may_be_dense(adapted, device=self.device.type, float32=float32):
             with torch.no_grad(), dense(self._layers, self._active):
                 yield
             return

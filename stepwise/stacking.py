@@ -40,11 +40,15 @@ def concatenated(stack: Sequence[Lora]) -> dict[str, Tensor]:
     return found
 
 
-def may_be_dense(layers: Sequence[Any]) -> bool:
-    """Whether the linear layers among peft's are few enough for `dense`."""
+def may_be_dense(weights: int, *, device: str, float32: bool) -> bool:
+    """Whether a policy with so many weights in its adapted linear layers is merged while it samples."""
+    return device == "cpu" and float32 and weights <= DENSE_WEIGHTS
+
+
+def linear_weights(layers: Sequence[Any]) -> int:
+    """Of the linear layers among peft's, a 4-bit one counted as if it were not."""
     bases = [layer.get_base_layer() for layer in _linear(layers)]
-    weights: int = sum(base.in_features * base.out_features for base in bases)
-    return weights <= DENSE_WEIGHTS
+    return sum(base.in_features * base.out_features for base in bases)
 
 
 @contextmanager

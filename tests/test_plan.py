@@ -16,7 +16,7 @@ from small_models import llama, save, words
 from transformers import AutoConfig, AutoTokenizer
 
 from stepwise import plan as plans
-from stepwise import plan_rows, sandbox, stage_rows
+from stepwise import plan_rows, sandbox, stacking, stage_rows
 from stepwise.collate import pair_batch, text_batch
 from stepwise.data import Source, load
 from stepwise.encoding import tokenize_pairs, tokenize_texts
@@ -288,7 +288,7 @@ def test_the_sandbox_is_planned_as_it_is_built(tmp_path: Path) -> None:
 def test_a_policy_that_is_not_merged_to_sample_is_held_as_one_more_adapter(
     changed: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "DENSE_WEIGHTS", changed.pop("limit", plans.DENSE_WEIGHTS))
+    monkeypatch.setattr(stacking, "DENSE_WEIGHTS", changed.pop("limit", stacking.DENSE_WEIGHTS))
     small = ["sandbox.sft=20", "sandbox.prompts=12", "sandbox.pretrain_steps=3"]
     aligned = plan(load_recipe("ra_rlhf_sandbox", [*small, *(f"model.{k}={v}" for k, v in changed.items())])).stages[1]
     assert aligned.sampling is not None and aligned.memory is not None
