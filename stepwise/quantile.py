@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Array = npt.NDArray[np.floating]
+Bins = npt.NDArray[np.integer]
 
 BINS = 512
 SMALL = 1024  # outcomes below which sorting beats counting
@@ -32,10 +33,11 @@ def upper_tail(x_NV: Tensor, p_NV: Tensor, alpha: float) -> Tensor:
     if x_NV.device.type != "cpu" or x_NV.shape[-1] <= SMALL:
         return _by_sort(x_NV, p_NV, alpha)
     share_NV = torch.empty_like(x_NV, memory_format=torch.contiguous_format)
-    rows = (t.reshape(-1, t.shape[-1]).numpy() for t in (x_NV, p_NV, share_NV))
+    rows = [t.reshape(-1, t.shape[-1]).numpy() for t in (x_NV, p_NV, share_NV)]
+    room = _Room(rows[0])
     with np.errstate(all="ignore"):  # rows that are constant, or not finite
         for x_V, p_V, share_V in zip(*rows, strict=True):
-            _count(x_V, p_V, alpha, share_V)
+            _count(x_V, p_V, alpha, share_V, room)
     return share_NV
 
 
@@ -64,10 +66,34 @@ def _descending(x_NV: Tensor) -> Tensor:
     return x_NV.argsort(dim=-1, descending=True)
 
 
-def _count(x_V: Array, p_V: Array, alpha: float, share_V: Array) -> None:
+class _Room:
+    """What counting a row needs beside it, taken once for all rows: fresh memory for each costs a fifth of the time."""
+
+    def __init__(self, x_NV: Array) -> None:
+        size = x_NV.shape[-1]
+        self.mass_V = np.empty(size)
+        self.scaled_V = np.empty(size, x_NV.dtype)
+        self.short_V = np.empty(size, np.int32)
+        self.bin_V = np.empty(size, np.int64)
+        self.mask_V = np.empty(size, np.bool_)
+
+    def bins(self, x_K: Array, low: np.floating, scale: np.floating) -> tuple[Bins, Bins]:
+        """The bin of every outcome, twice: to compare with and, wider, to add up by.
+
+        Subtracting and scaling round monotonically: no outcome can land in a worse bin than a larger one.
+        """
+        scaled_K, short_K, bin_K = self.scaled_V[: x_K.size], self.short_V[: x_K.size], self.bin_V[: x_K.size]
+        np.multiply(np.subtract(x_K, low, out=scaled_K), scale, out=scaled_K)
+        np.copyto(short_K, scaled_K, casting="unsafe")  # by way of 32 bits, which is faster
+        np.copyto(bin_K, short_K)
+        return short_K, bin_K
+
+
+def _count(x_V: Array, p_V: Array, alpha: float, share_V: Array, room: _Room) -> None:
     """One row of `upper_tail`, into share_V: keep the bin that holds the quantile until few enough outcomes are left to
     sort."""
-    x_K, mass_K = x_V, p_V.astype(np.float64)  # what is kept
+    np.copyto(room.mass_V, p_V)
+    x_K, mass_K = x_V, room.mass_V  # what is kept
     places: list[npt.NDArray[np.intp]] = []  # of what is kept, each among those before it
     above = 0.0  # mass strictly worse than everything kept
     while x_K.size > SMALL:
@@ -75,16 +101,13 @@ def _count(x_V: Array, p_V: Array, alpha: float, share_V: Array) -> None:
         scale = x_K.dtype.type(BINS) / (x_K.max() - low)
         if not 0 < scale < np.inf:
             break
-        # Subtracting and scaling round monotonically: no outcome can land in a worse bin than a larger one.
-        scaled_K = x_K - low
-        scaled_K *= scale
-        bin_K = scaled_K.astype(np.int64)
+        short_K, bin_K = room.bins(x_K, low, scale)
         binned = torch.zeros(BINS + 1, dtype=torch.float64)
         binned.scatter_add_(0, torch.from_numpy(bin_K), torch.from_numpy(mass_K))  # np.bincount takes longer
         tail = binned.numpy()[::-1].cumsum() + above
         first = _reached(tail, alpha)
         above = float(tail[first - 1]) if first else above
-        places.append(np.flatnonzero(bin_K == BINS - first))
+        places.append(np.equal(short_K, BINS - first, out=room.mask_V[: x_K.size]).nonzero()[0])
         x_K, mass_K = x_K[places[-1]], mass_K[places[-1]]
     order = (-x_K).argsort()
     rising_K, mass_K = -x_K[order], mass_K[order]  # the worst first, a NaN last
@@ -98,7 +121,7 @@ def _count(x_V: Array, p_V: Array, alpha: float, share_V: Array) -> None:
     at = order[start:end]
     for kept in reversed(places):
         at = kept[at]
-    share_V[:] = x_V > -least
+    np.copyto(share_V, np.greater(x_V, -least, out=room.mask_V))
     share_V[at] = min(max((alpha - above) / tied, 0.0), 1.0) if tied > 0 else np.nan
 
 
