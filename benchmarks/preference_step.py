@@ -112,7 +112,8 @@ def stepwise(variant: str, folder: Path, lengths: Sequence[int]) -> Step:
     alpha, risk = (0.0, Mean()) if loss == "dpo" else (0.5, CVaR(0.97))
     objective = Preference(policy, loss=partial(rsa_loss, beta=BETA, alpha=alpha), risk=risk, beta=BETA)
     batch = batches(policy.pad_id)(pairs(lengths))
-    tensors = {name: batch[name] for name in ("input_ids", "attention_mask", "labels", "weight", "label")}
+    used = "input_ids", "attention_mask", "labels", "weight", "label"
+    tensors = {name: batch[name].to(policy.device) for name in used}
     optimizer = torch.optim.AdamW(policy.top_parameters().values(), lr=1e-5)
 
     def step() -> float:

@@ -254,7 +254,7 @@ def _responses(run: Run) -> tuple[list[str], list[str]]:
     raise DataError(
         "This run has no responses to held-out prompts, on which an export is compared with the policy",
         where=run.path / "samples",
-        wanted="`stepwise evaluate RUN`, or with --prompts FILE where its recipe says nothing of an evaluation",
+        wanted="`stepwise evaluate RUN`, with --prompts and --cost or --reward if its recipe has no `evaluate`",
     )
 
 

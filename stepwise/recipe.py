@@ -151,7 +151,9 @@ class Evaluate(Part):
             wanted = recipe_schema.listed(SFT_FORMATS)
             found.append(Conflict(("texts", "format"), "these rows hold no texts", self.texts.format, wanted))
         if not self.rewards and not self.costs:
-            found.append(Conflict(("costs",), "there is nothing to measure", "no rewards, no costs", "at least one"))
+            found.append(
+                Conflict(("costs",), "there is nothing to measure", "no rewards, no costs", "a reward or a cost")
+            )
         if both := sorted(self.rewards.keys() & self.costs.keys()):
             wanted = "a name for each, used once"
             found.append(Conflict(("costs",), "a name is both reward and cost", recipe_schema.listed(both), wanted))
