@@ -71,12 +71,12 @@ def save_model(folder: Path, vocabulary: int = VOCABULARY) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def pairs(lengths: Sequence[int]) -> list[dict[str, Any]]:
+def pairs(lengths: Sequence[int], vocabulary: int = VOCABULARY) -> list[dict[str, Any]]:
     """One pair of random ids per length; the second half of each sequence is the response, which ends with EOS."""
     generator = torch.Generator().manual_seed(1)
 
     def draw(count: int) -> list[int]:
-        return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
+        return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
 
     return [
         {

@@ -189,7 +189,6 @@ def _generate(
                 past_key_values=cache,
                 generation_config=_generation(policy, decoding, done, leg),
                 streamer=streamer,
-                return_dict_in_generate=True,
             )
             for index, row in zip(going, output.sequences[:, ids.shape[1] :].tolist(), strict=True):
                 found[index] += row[: next((i + 1 for i, token in enumerate(row) if token in stops), None)]
@@ -221,6 +220,7 @@ def _generation(policy: Policy, decoding: Decoding, done: int, leg: int) -> Any:
         min_new_tokens=min(max(decoding.min_new_tokens - done, 0), new) or None,
         eos_token_id=policy.stop_ids or None,
         pad_token_id=policy.pad_id,
+        return_dict_in_generate=True,
     )
 
 

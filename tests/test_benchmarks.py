@@ -14,6 +14,7 @@ SMALL = {
     "certificate.py": "--runs 20 --rival-runs 2 --prompts 50",
     "evaluate_memory.py": "--prompts 20 --bootstrap 100",
     "game_bias.py": "--games 2 --steps 200",
+    "gpu_step.py": "--sizes 2 64 128 4 2 300 --tokens 64 --repeats 1 --longest 1024 --prompts 2 --new-tokens 4",
     "preference_step.py": "--repeats 1 --pairs 2 --tokens 32 --variants dpo-nf4 rsa-nf4",
     "report_size.py": "--prompts 20 --repeats 1",
     "scoring.py": "--rows 50",
