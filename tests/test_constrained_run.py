@@ -194,11 +194,11 @@ def test_a_certificate_is_of_the_policy_the_prompts_and_the_cost_as_they_are(fin
         steps = json.loads((run / "certificate.json").read_text())["steps"]
         return [step["checks"][0]["bound"]["estimate"] for step in steps]
 
-    assert seen(1.0) == [1.0, 1.0]  # and not those of the run that was copied
+    assert seen(1.0) == pytest.approx([1.0, 1.0])  # and not those of the run that was copied
     kept = {path: path.stat().st_mtime_ns for path in run.glob("selection/*/responses.jsonl")}
-    assert seen(1.0) == [1.0, 1.0]
+    assert seen(1.0) == pytest.approx([1.0, 1.0])
     assert kept == {path: path.stat().st_mtime_ns for path in run.glob("selection/*/responses.jsonl")}
-    assert seen(2.0) == [2.0, 2.0]
+    assert seen(2.0) == pytest.approx([2.0, 2.0])
     shutil.copytree(finished / "stages/01-helpful/adapter", tmp_path / "other")  # another policy under the same name
     weights = tmp_path / "other" / "adapter_model.safetensors"
     before = (run / "selection/q-1/key").read_text()
