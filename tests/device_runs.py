@@ -38,5 +38,5 @@ def main(device: str, folder: Path, quantization: str, dtype: str, bases: list[s
 
 if __name__ == "__main__":
     os.environ |= {"HF_DEACTIVATE_ASYNC_LOAD": "1", "HF_HUB_OFFLINE": "1", "OPTION_KEY": "secret"}
-    os.environ |= {"NO_PROXY": "127.0.0.1", "HF_HUB_CACHE": f"{sys.argv[2]}/hub"}
+    os.environ |= {"NO_PROXY": "127.0.0.1", "HF_HUB_CACHE": f"{sys.argv[2]}/models"}
     main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5:])
