@@ -26,9 +26,12 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from stepwise.policy import Policy
 
 VOCABULARY, EOS = 32_000, 2
 RANK = 16
@@ -99,19 +102,30 @@ def move_adapter(parameters: dict[str, torch.nn.Parameter]) -> None:
 
 def stepwise(variant: str, folder: Path, lengths: Sequence[int]) -> Step:
     """A function that takes one step and returns the mean loss of the pairs."""
-    from stepwise.losses import rsa_loss
-    from stepwise.methods.preference import Preference, batches
     from stepwise.policy import Policy
-    from stepwise.risk import CVaR, Mean
 
     loss, kind = variant.split("-")
     quantization, dtype = LOADING[kind]
     policy = Policy.load(str(folder), quantization=quantization, dtype=dtype)
+    return step_of(adapted(policy), loss, lengths)
+
+
+def adapted(policy: Policy) -> Policy:
+    """The policy under an adapter that is not zero."""
     policy.push("top", rank=RANK, alpha=2 * RANK)
     move_adapter(policy.top_parameters())
+    return policy
+
+
+def step_of(policy: Policy, loss: str, lengths: Sequence[int]) -> Step:
+    """The same for a policy at hand, on pairs of these lengths."""
+    from stepwise.losses import rsa_loss
+    from stepwise.methods.preference import Preference, batches
+    from stepwise.risk import CVaR, Mean
+
     alpha, risk = (0.0, Mean()) if loss == "dpo" else (0.5, CVaR(0.97))
     objective = Preference(policy, loss=partial(rsa_loss, beta=BETA, alpha=alpha), risk=risk, beta=BETA)
-    batch = batches(policy.pad_id)(pairs(lengths))
+    batch = batches(policy.pad_id)(pairs(lengths, len(policy.head.weight)))
     used = "input_ids", "attention_mask", "labels", "weight", "label"
     tensors = {name: batch[name].to(policy.device) for name in used}
     optimizer = torch.optim.AdamW(policy.top_parameters().values(), lr=1e-5)

@@ -11,7 +11,6 @@ put models and batches there. Built on torch's hooks for backends written in Pyt
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,6 @@ import torch.utils._device
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_map
 
-SECOND = torch.device("cpu")  # until `_register` has made the name known
 calls: Counter[str] = Counter()  # operations on the device, by name
 
 _aten = torch.ops.aten
@@ -37,23 +35,15 @@ class _Backend(backend_registration._DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
-    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        return 1 << 34, 1 << 34
-
     def get_rng_state(self, device: Any = None) -> torch.Tensor:
         return torch.get_rng_state()
 
     def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
         torch.set_rng_state(state)
 
-    def set_device(self, device: Any) -> None: ...
 
-    def empty_cache(self) -> None: ...
-
-    def synchronize(self, device: Any = None) -> None: ...
-
-    def device(self, device: Any) -> Any:
-        return nullcontext()
+backend_registration._setup_privateuseone_for_python_backend("second", backend_module=_Backend())
+SECOND = torch.device("second:0")
 
 
 class Second(torch.Tensor):
@@ -84,9 +74,6 @@ class Second(torch.Tensor):
 
     def tolist(self) -> Any:
         return self.raw.tolist()
-
-    def data_ptr(self) -> int:
-        return self.raw.data_ptr()
 
     def new_tensor(self, data: Any, *, dtype: Any = None, **options: Any) -> torch.Tensor:
         return torch.tensor(data, dtype=dtype or self.dtype).to(SECOND)
@@ -161,10 +148,7 @@ def _build(real: Any, data: Any, *, device: Any = None, **options: Any) -> torch
 
 
 def _register() -> list[torch.library.Library]:
-    """Make the device known: how its tensors are made, and what autocast does to them."""
-    global SECOND
-    backend_registration._setup_privateuseone_for_python_backend("second", backend_module=_Backend())
-    SECOND = torch.device("second:0")
+    """Say how tensors of the device are made, and what autocast does to them."""
     library, fallback = torch.library.Library("aten", "IMPL"), torch.library.Library("_", "IMPL")
 
     def empty(size: Any, dtype: Any = None, *ignored: Any, **options: Any) -> Second:

@@ -348,6 +348,7 @@ def test_quantile_by_counting_is_the_sorted_one(row, dtype, alpha, peak):
     expected_t = sorted_x[np.searchsorted(np.cumsum(sorted_p), alpha)]
     expected_share = (alpha - sorted_p[sorted_x > expected_t].sum()) / sorted_p[sorted_x == expected_t].sum()
     assert share_V.dtype == dtype
+    assert torch.equal(share_V == 1, x_V > expected_t) or expected_share > 1 - 1e-6
     assert share_V[x_V > expected_t].eq(1).all() and share_V[x_V < expected_t].eq(0).all()
     assert share_V[x_V == expected_t].numpy() == pytest.approx(expected_share, abs=1e-5)
 
